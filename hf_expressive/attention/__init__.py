@@ -1,0 +1,1 @@
+"""The mechanisms as modules: one file each, and the contract they share."""

@@ -1,0 +1,164 @@
+"""The contract with Transformers: what models pass to an attention function, and what it means.
+
+The mask is what rules. `is_causal` and `sliding_window` repeat what a given mask already says (no
+eager attention in Transformers reads them), so they count only where there is no mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..masking import (
+    CompactMask,
+    intersect,
+    packed_boundaries,
+    packed_ranges,
+    ranges_of,
+    selected_blocks,
+    selected_keys,
+)
+from ..ops import KeyRanges
+from .base import AttentionCall
+
+#: Keywords with a meaning for attention that no mechanism can honour, each with the remedy.
+_REFUSED = {
+    "cache": "continuous batching with a paged cache is not supported; use generate()",
+    "block_table": "paged key/value blocks are not supported; use generate()",
+    "head_mask": "per-head masks are not supported; prune the heads or multiply the output",
+}
+
+
+def read_call(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> AttentionCall:
+    """Brings the arguments of a Transformers attention function into an `AttentionCall`.
+
+    Keywords: `scaling` (`None`: dim^-½), `dropout`, `position_bias`, `softcap`, `s_aux` or `sinks`,
+    `sliding_window`, `is_causal`, `indices`, `block_indices`, `cu_seq_lens_q`/`cu_seq_lens_k`,
+    `position_ids`, `output_attentions`. Other keywords are the model's own business: its forward
+    arguments flow down to here (`use_cache`, `input_ids`, …).
+
+    Raises:
+        ValueError: a keyword that would change the attention and cannot be honoured.
+    """
+    for name, remedy in _REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attention was called with {name}=<{type(kwargs[name]).__name__}>: {remedy}.")
+
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    bias = kwargs.get("position_bias")
+    mask, is_causal, window = _visibility(module, query, key, attention_mask, kwargs)
+    if (indices := kwargs.get("indices")) is not None:
+        mask = _restrict(mask, selected_keys(indices, num_keys))
+    if (blocks := kwargs.get("block_indices")) is not None:
+        size = module.indexer.block_size  # type: ignore[union-attr]
+        mask = _restrict(mask, selected_blocks(blocks, size, num_keys, query.shape[1]))
+
+    sinks = kwargs.get("s_aux")
+    sinks = kwargs.get("sinks") if sinks is None else sinks
+    return AttentionCall(
+        query=query,
+        key=key,
+        value=value,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        attention_mask=mask,
+        bias=bias,
+        is_causal=is_causal and num_queries > 1,
+        sliding_window=window,
+        softcap=kwargs.get("softcap"),
+        sinks=sinks,
+        dropout=float(dropout) if module.training else 0.0,
+        return_weights=bool(kwargs.get("output_attentions")) or _weights_are_recorded(),
+    )
+
+
+def _visibility(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor | KeyRanges | None, bool, int | None]:
+    """(mask, is_causal, sliding_window) of a call."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    packed = _packed(query, attention_mask, kwargs)
+    if attention_mask is None:
+        is_causal = kwargs.get("is_causal")
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", False)
+        is_causal = bool(is_causal) and num_queries > 1
+        if is_causal and num_queries != num_keys:
+            # Without a mask a longer key sequence is the tail of a static cache, not yet written.
+            end = torch.arange(1, num_queries + 1, device=query.device, dtype=torch.int32)[None]
+            triangle = KeyRanges(torch.zeros_like(end), end.clamp(max=num_keys))
+            return (triangle if packed is None else intersect(triangle, packed)), False, None
+        window = kwargs.get("sliding_window") if is_causal else None
+        return packed, is_causal, window
+    mask: Tensor | KeyRanges = attention_mask
+    if isinstance(attention_mask, CompactMask):
+        if packed is None and attention_mask.pattern is not None and attention_mask.shape[3] == num_keys:
+            return None, attention_mask.pattern == "causal", None
+        ranges = ranges_of(attention_mask)
+        if ranges.keys is not None and attention_mask.shape[3] != num_keys:
+            ranges = KeyRanges(ranges.start, ranges.end, ranges.keys[:, :num_keys])
+        mask = ranges
+    elif attention_mask.shape[-1] > num_keys:
+        mask = attention_mask[..., :num_keys]
+    if packed is not None:
+        mask = intersect(mask, packed) if isinstance(mask, KeyRanges) else _restrict(mask, packed.dense(num_keys))
+    return mask, False, None
+
+
+def _packed(
+    query: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]
+) -> KeyRanges | None:
+    """Sequences packed in one row, from cumulative lengths or from positions that start again."""
+    lengths_q, lengths_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    if lengths_q is not None:
+        lengths_k = lengths_q if lengths_k is None else lengths_k
+        return packed_ranges(lengths_q, lengths_k, query.shape[2])
+    positions = kwargs.get("position_ids")
+    plain = isinstance(attention_mask, CompactMask) and attention_mask.pattern is not None
+    if (
+        positions is None
+        or not plain
+        or not isinstance(attention_mask, CompactMask)
+        or positions.shape != (1, query.shape[2])
+        or query.shape[0] != 1
+        or query.shape[2] != attention_mask.shape[3]
+        or torch.compiler.is_compiling()
+    ):
+        return None
+    boundaries = packed_boundaries(positions)
+    return None if boundaries is None else packed_ranges(boundaries, boundaries, query.shape[2])
+
+
+def _restrict(mask: Tensor | KeyRanges | None, visible: Tensor) -> Tensor:
+    """A mask with a further restriction (bool, true where visible)."""
+    if mask is None:
+        return visible
+    if isinstance(mask, KeyRanges):
+        return visible & mask.dense(visible.shape[3])
+    if mask.is_floating_point():
+        return mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
+    return visible & (mask != 0)
+
+
+def _weights_are_recorded() -> bool:
+    """Whether Transformers is recording attention weights by hooks around this call."""
+    if torch.compiler.is_compiling():
+        return False
+    from transformers.utils import output_capturing
+
+    collected = output_capturing._active_collector.get()
+    return collected is not None and any("attentions" in name for name in collected)

@@ -1,0 +1,145 @@
+"""Which modules of a model are attention modules, read off their code, never off a list of names.
+
+A module *asks the registry* if its `forward` looks `ALL_ATTENTION_FUNCTIONS` up. A module is *foreign*
+if it is called attention, computes a softmax itself and does not ask the registry: a mechanism could
+not reach it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from types import CodeType
+
+from torch import nn
+from transformers import PreTrainedModel
+
+_REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+_OWN_SOFTMAX = {"softmax", "scaled_dot_product_attention", "eager_attention_forward"}
+_INDEX = re.compile(r"^(.*\.)?\d+(?=\.|$)")
+
+
+@cache
+def asks_registry(cls: type[nn.Module]) -> bool:
+    """Whether the forward of a module class looks its attention function up in the registry."""
+    names = _names(cls, "forward")
+    # getattr() on the registry never finds a registered function: such code always runs its own.
+    looks_up = "get_interface" in names or "getattr" not in names
+    return _REGISTRY in names and looks_up
+
+
+@cache
+def computes_own_attention(cls: type[nn.Module]) -> bool:
+    """Whether a module class is attention by name and computes its softmax without the registry."""
+    if asks_registry(cls) or not re.search(r"Attention|Attn", cls.__name__):
+        return False
+    names = set().union(*(_names(cls, name) for name, _ in inspect.getmembers(cls, callable)))
+    return bool(names & _OWN_SOFTMAX)
+
+
+def _names(cls: type[nn.Module], method: str) -> set[str]:
+    """Global and attribute names in the code of a method, decorators removed, nested code included."""
+    function = inspect.unwrap(getattr(cls, method))
+    defined_by_torch = (getattr(function, "__module__", None) or "").startswith("torch.")
+    code = getattr(function, "__code__", None)
+    if defined_by_torch or not isinstance(code, CodeType):
+        return set()
+    found, pending = set(), [code]
+    while pending:
+        current = pending.pop()
+        found.update(current.co_names, current.co_freevars)
+        pending.extend(const for const in current.co_consts if isinstance(const, CodeType))
+    return found
+
+
+@dataclass(frozen=True)
+class AttentionModule:
+    """One attention module of a model.
+
+    Attributes:
+        name: path within the model.
+        module: the module.
+        owner: the innermost `PreTrainedModel` that contains it; its config selects the mechanism.
+        layer: index of its layer within the owner, in order.
+    """
+
+    name: str
+    module: nn.Module
+    owner: PreTrainedModel
+    layer: int
+
+
+def attention_modules(model: PreTrainedModel) -> list[AttentionModule]:
+    """The modules of a model that ask the registry, in order."""
+    found = []
+    layers: dict[int, dict[str, int]] = {}
+    for name, module, owner, local_name in _walk(model):
+        if asks_registry(type(module)):
+            # Self- and cross-attention of one layer share everything up to the layer's number.
+            match = _INDEX.match(local_name)
+            seen = layers.setdefault(id(owner), {})
+            layer = seen.setdefault(match.group() if match else local_name, len(seen))
+            found.append(AttentionModule(name, module, owner, layer))
+    return found
+
+
+def foreign_modules(model: PreTrainedModel) -> list[AttentionModule]:
+    """The modules of a model that compute a softmax attention of their own."""
+    return [
+        AttentionModule(name, module, owner, 0)
+        for name, module, owner, _ in _walk(model)
+        if computes_own_attention(type(module))
+        and not any(asks_registry(type(child)) for child in module.modules())
+    ]
+
+
+def _walk(
+    model: PreTrainedModel,
+) -> Iterator[tuple[str, nn.Module, PreTrainedModel, str]]:
+    """(path, module, innermost PreTrainedModel, path within it), parents first, each module once."""
+    seen: set[int] = set()
+
+    def visit(
+        module: nn.Module, name: str, owner: PreTrainedModel, local: str
+    ) -> Iterator[tuple[str, nn.Module, PreTrainedModel, str]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        if isinstance(module, PreTrainedModel):
+            owner, local = module, ""
+        yield name, module, owner, local
+        for child_name, child in module.named_children():
+            yield from visit(
+                child,
+                f"{name}.{child_name}" if name else child_name,
+                owner,
+                f"{local}.{child_name}" if local else child_name,
+            )
+
+    yield from visit(model, "", model, "")
+
+
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "attention_heads", "nheads")
+
+
+def num_heads(module: nn.Module) -> int | None:
+    """Query heads of an attention module: its own attribute, else its config's; `None` if unknown."""
+    for source in (module, getattr(module, "config", None)):
+        for name in _HEAD_COUNTS:
+            value = getattr(source, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return None
+
+
+def num_key_value_heads(module: nn.Module) -> int | None:
+    """Key/value heads of an attention module, `None` if unknown; its query heads without grouping."""
+    for source in (module, getattr(module, "config", None)):
+        value = getattr(source, "num_key_value_heads", None)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    heads, group = num_heads(module), getattr(module, "num_key_value_groups", 1)
+    return heads // group if heads is not None and isinstance(group, int) else None

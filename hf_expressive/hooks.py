@@ -1,0 +1,314 @@
+"""Where this package hooks into Transformers; each hook does nothing for models without a mechanism.
+
+* `PreTrainedModel.post_init` ends every model's and sub-model's constructor, inside whatever device
+  and dtype context the loader chose: there attention modules get their children. The official
+  alternative, `register_patch_mapping`, replaces classes by name: it needs a subclass of each attention
+  class and is not applied by a direct constructor call, so it is the larger hook of the two.
+* `PreTrainedModel._initialize_weights` is the loader's path for parameters that a checkpoint lacks;
+  loaded ones are left alone there.
+* `PreTrainedModel.get_correct_attn_implementation` and `set_attn_implementation` refuse what cannot
+  work before anything changes.
+* `PreTrainedModel.from_pretrained` and `_from_config` look at the finished model; the second takes the
+  keyword `hf_expressive` (the first does already, through the config).
+* `PreTrainedModel.save_pretrained` writes beside the target and renames.
+* `PreTrainedConfig.hf_expressive` validates options wherever they come from, and
+  `PreTrainedConfig._remove_keys_not_serialized` keeps `attn_implementation` in `config.json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import os
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from . import patcher
+from .attention.base import Mechanism
+from .config import SECTION, MechanismConfig, read_section
+from .discovery import asks_registry, computes_own_attention
+from .registry import MECHANISMS, options_of
+
+_INSTALLED = "_hf_expressive_installed"
+_WEIGHTS = re.compile(r".*\.safetensors(\.index\.json)?")
+
+
+def install() -> None:
+    """Installs every hook once."""
+    if getattr(PreTrainedModel, _INSTALLED, False):
+        return
+    setattr(PreTrainedConfig, SECTION, property(_get_section, _set_section))
+    _wrap(PreTrainedConfig, "_remove_keys_not_serialized", _keep_flag)
+    _wrap(PreTrainedModel, "post_init", _post_init)
+    _wrap(PreTrainedModel, "_initialize_weights", _initialize_weights)
+    _wrap(PreTrainedModel, "get_correct_attn_implementation", _get_correct_attn_implementation)
+    _wrap(PreTrainedModel, "set_attn_implementation", _set_attn_implementation)
+    _wrap(PreTrainedModel, "save_pretrained", _save_pretrained)
+    _wrap(PreTrainedModel, "from_pretrained", _from_pretrained)
+    _wrap(PreTrainedModel, "_from_config", _from_config)
+    setattr(PreTrainedModel, _INSTALLED, True)
+
+
+def _wrap(cls: type, name: str, hook: Callable[..., Any]) -> None:
+    """Replaces a method by `hook(original, self or cls, …)`."""
+    declared = inspect.getattr_static(cls, name)
+    is_classmethod = isinstance(declared, classmethod)
+    original = declared.__func__ if is_classmethod else declared
+
+    @functools.wraps(original)
+    def method(self_or_cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return hook(original, self_or_cls, *args, **kwargs)
+
+    setattr(cls, name, classmethod(method) if is_classmethod else method)
+
+
+# ---- configs --------------------------------------------------------------------------------------
+
+
+def _get_section(config: PreTrainedConfig) -> dict[str, Any] | None:
+    return config.__dict__.get(SECTION)
+
+
+def _set_section(config: PreTrainedConfig, value: Any) -> None:
+    """Validates options and stores them as plain data, in sub-configs too.
+
+    Options select their mechanism where no attention implementation has been chosen.
+    """
+    options = None if value is None else read_section(value)
+    for part in patcher.configs_of(config):
+        if options is None:
+            part.__dict__.pop(SECTION, None)
+            continue
+        section = options.to_dict()
+        if not isinstance(value, MechanismConfig) and "version" in value:
+            section["version"] = value["version"]
+        part.__dict__[SECTION] = section
+    if options is not None and config._attn_implementation is None:
+        config._attn_implementation = options.mechanism
+
+
+def _keep_flag(original: Callable[..., None], config: PreTrainedConfig, d: dict[str, Any]) -> None:
+    """Keeps the attention implementation of a config that uses a mechanism, sub-configs included.
+
+    One name where the whole model has one, else the dict that Transformers takes.
+    """
+    if "_attn_implementation_internal" in d:
+        tree = _implementations(config)
+        names = set(_leaves(tree))
+        if names & set(MECHANISMS):
+            d["attn_implementation"] = tree[""] if len(names) == 1 else tree
+        for key in config.sub_configs:
+            part = d.get(key)
+            if isinstance(part, dict):
+                part.pop("attn_implementation", None)
+                if part.get(SECTION) == d.get(SECTION):
+                    part.pop(SECTION, None)
+    original(config, d)
+
+
+def _implementations(config: PreTrainedConfig) -> dict[str, Any]:
+    """{"": name, sub-config key: name or dict of the same form}."""
+    tree: dict[str, Any] = {"": config._attn_implementation}
+    for key in config.sub_configs:
+        part = getattr(config, key, None)
+        if isinstance(part, PreTrainedConfig):
+            below = _implementations(part)
+            tree[key] = below if len(below) > 1 else below[""]
+    return tree
+
+
+def _leaves(tree: dict[str, Any]) -> Iterator[str | None]:
+    for value in tree.values():
+        if isinstance(value, dict):
+            yield from _leaves(value)
+        else:
+            yield value
+
+
+# ---- construction ---------------------------------------------------------------------------------
+
+
+def _post_init(original: Callable[..., None], model: PreTrainedModel) -> None:
+    patcher.prepare(model)
+    original(model)
+
+
+def _initialize_weights(
+    original: Callable[..., None],
+    model: PreTrainedModel,
+    module: nn.Module,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    if not isinstance(module, Mechanism):
+        original(model, module, *args, **kwargs)
+    elif not getattr(module, "_is_hf_initialized", False):
+        module.reset_parameters()
+        module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _get_correct_attn_implementation(
+    original: Callable[..., str],
+    model: PreTrainedModel,
+    requested_attention: str | None,
+    is_init_check: bool = False,
+) -> str:
+    name = original(model, requested_attention, is_init_check)
+    if name not in MECHANISMS:
+        return name
+    _refuse_class(type(model), name)
+    if not is_init_check:
+        options = options_of(model.config, name)
+        bare = [
+            found
+            for found in patcher.attention_modules(model)
+            if found.owner.config is model.config and not patcher.carries_mechanism(found.module)
+        ]
+        if options.needs_parameters and bare:
+            raise ValueError(
+                f"set_attn_implementation({name!r}) cannot create the learned parameters that the "
+                f"options in config.{SECTION} need; use hf_expressive.attach(model, "
+                f"{type(options).__name__}(…)) instead."
+            )
+    return name
+
+
+def _refuse_class(cls: type[PreTrainedModel], name: str) -> None:
+    """Refuses an architecture none of whose attention classes asks the registry."""
+    classes = [
+        value
+        for value in vars(sys.modules[cls.__module__]).values()
+        if inspect.isclass(value) and issubclass(value, nn.Module)
+    ]
+    if any(asks_registry(value) for value in classes):
+        return
+    own = [value.__name__ for value in classes if computes_own_attention(value)]
+    if own:
+        raise ValueError(
+            f'{cls.__name__} cannot run attn_implementation="{name}": {own[0]} computes its softmax '
+            "itself and never asks Transformers' attention registry."
+        )
+
+
+def _set_attn_implementation(
+    original: Callable[..., None],
+    model: PreTrainedModel,
+    attn_implementation: str | dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    before = patcher.Snapshot.take(model)
+    try:
+        original(model, attn_implementation, *args, **kwargs)
+        patcher.prepare(model)
+    except BaseException:
+        before.restore()
+        raise
+
+
+def _from_pretrained(
+    original: Callable[..., Any], cls: type[PreTrainedModel], *args: Any, **kwargs: Any
+) -> Any:
+    with _named_refusal(cls):
+        built = original(cls, *args, **kwargs)
+    _look_over(built[0] if isinstance(built, tuple) else built)
+    return built
+
+
+def _from_config(
+    original: Callable[..., PreTrainedModel],
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    if SECTION in kwargs:
+        setattr(config, SECTION, kwargs.pop(SECTION))
+    with _named_refusal(cls):
+        model = original(cls, config, **kwargs)
+    _look_over(model)
+    return model
+
+
+@contextlib.contextmanager
+def _named_refusal(cls: type[PreTrainedModel]) -> Iterator[None]:
+    """Some architectures pick their attention class from a dict of their own: say what that means."""
+    try:
+        yield
+    except KeyError as error:
+        if error.args and error.args[0] in MECHANISMS:
+            raise ValueError(
+                f'{cls.__name__} cannot run attn_implementation="{error.args[0]}": a part of it chooses '
+                "its attention from a list of its own and never asks Transformers' attention registry."
+            ) from error
+        raise
+
+
+def _look_over(model: PreTrainedModel) -> None:
+    """Refuses a finished model without attention; warns if its mechanism has been overridden."""
+    names = {str(name) for name in _leaves(_implementations(model.config))}
+    asked = sorted(names & set(MECHANISMS))
+    if asked and not any(isinstance(module, Mechanism) for module in model.modules()):
+        raise ValueError(patcher.no_attention(model, asked[0]))
+    section = getattr(model.config, SECTION)
+    if section is not None and not asked:
+        warnings.warn(
+            f'this checkpoint was made with attn_implementation="{section["mechanism"]}" and is loaded '
+            f'with "{model.config._attn_implementation}": it is another model now, and its outputs will '
+            "not be those it was trained for.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+# ---- saving ---------------------------------------------------------------------------------------
+
+
+def _save_pretrained(
+    original: Callable[..., None],
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Writes a variant into a folder beside the target, then renames its files into place.
+
+    Weights first, then everything else, then stale weights of the earlier checkpoint go: whenever it is
+    interrupted, the target holds a checkpoint that loads.
+    """
+    uses = set(_leaves(_implementations(model.config))) & set(MECHANISMS)
+    target = Path(save_directory)
+    if not uses or target.is_file() or kwargs.get("distributed_checkpoint"):
+        original(model, save_directory, *args, **kwargs)
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    if kwargs.get("push_to_hub"):
+        kwargs.setdefault("repo_id", target.name)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.resolve().parent))
+    try:
+        original(model, staging, *args, **kwargs)
+        written = sorted(staging.iterdir(), key=lambda path: _order(path.name))
+        stale = {path.name for path in target.iterdir() if _WEIGHTS.fullmatch(path.name)}
+        for path in written:
+            os.replace(path, target / path.name)
+        names = {path.name for path in written}
+        if any(_WEIGHTS.fullmatch(name) for name in names):
+            for name in stale - names:
+                (target / name).unlink()
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _order(name: str) -> tuple[int, str]:
+    """Shards before their index before the config."""
+    weights = _WEIGHTS.fullmatch(name)
+    return (0 if name.endswith(".safetensors") else 1 if weights else 2), name

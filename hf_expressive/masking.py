@@ -1,0 +1,338 @@
+"""What a mask means: compact where possible, dense where needed.
+
+Transformers asks a registered mask function for the mask of a batch and hands the result through the
+model to the attention function. Ours returns a `CompactMask`: a tensor that says for each query which
+range of keys it sees, in O(N) memory, and that turns into the ordinary additive mask (0 visible, the
+dtype's minimum hidden, what `eager` gets) as soon as a model computes with it. So a model that slices
+the mask, adds a position bias to it or compares it works as with eager attention, and a model that
+merely passes it on never pays for N × N numbers.
+
+The mask function never returns `None`: what `None` means is left to each architecture's own code and
+differs between them.
+
+Compact: causal, bidirectional, sliding-window, chunked and packed patterns, left and right padding,
+any cache, any combination in which each query sees one contiguous range of keys (and keys may be
+hidden one by one). Dense: everything else, functions that Transformers marks as arbitrary, and, under
+`torch.compile` or export, every pattern but causal and bidirectional, because the others have to be
+looked at to be recognised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    eager_mask,
+    sdpa_mask,
+)
+from transformers.utils.import_utils import is_tracing
+
+from .ops import KeyRanges
+
+#: Entries of a pattern that are looked at together when it is recognised (bool, so bytes).
+_PROBE_ENTRIES = 2**24
+
+
+#: What a mask says without looking at data: everything visible, or the last query at the last key.
+Pattern = Literal["full", "causal"]
+
+
+class CompactMask(torch.Tensor):
+    """An additive mask (batch, 1, query, keys) held as the parts of a `KeyRanges`.
+
+    Attributes:
+        start, end: see `KeyRanges`. key_mask: its `keys`, which is a name that `torch.compile` needs.
+        pattern: the same knowledge without data, where that is enough; else `None`.
+    """
+
+    start: Tensor
+    end: Tensor
+    key_mask: Tensor | None
+    pattern: Pattern | None
+
+    @staticmethod
+    def __new__(
+        cls,
+        ranges: KeyRanges,
+        batch: int,
+        num_keys: int,
+        dtype: torch.dtype,
+        pattern: Pattern | None,
+    ) -> CompactMask:
+        mask: CompactMask = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            (batch, 1, ranges.start.shape[1], num_keys),
+            dtype=dtype,
+            device=ranges.start.device,
+        )
+        mask.start, mask.end, mask.key_mask = ranges.start, ranges.end, ranges.keys
+        mask.pattern = pattern
+        return mask
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"CompactMask(shape={tuple(self.shape)}, pattern={self.pattern})"
+
+    def dense(self) -> Tensor:
+        """The additive mask (batch, 1, query, keys) that it stands for."""
+        visible = ranges_of(self).dense(self.shape[3]).expand(self.shape)
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        return torch.where(visible, zero, torch.finfo(self.dtype).min)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        names = ["start", "end"] + ([] if self.key_mask is None else ["key_mask"])
+        return names, (self.shape[0], self.shape[3], self.dtype, self.pattern)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        tensors: dict[str, Tensor], context: Any, size: Any, stride: Any
+    ) -> CompactMask:
+        batch, num_keys, dtype, pattern = context
+        ranges = KeyRanges(tensors["start"], tensors["end"], tensors.get("key_mask"))
+        return CompactMask(ranges, batch, num_keys, dtype, pattern)
+
+    def moved(self, dtype: torch.dtype, device: torch.device) -> CompactMask:
+        """The same mask in another floating dtype or on another device."""
+        keys = None if self.key_mask is None else self.key_mask.to(device)
+        ranges = KeyRanges(self.start.to(device), self.end.to(device), keys)
+        return CompactMask(ranges, self.shape[0], self.shape[3], dtype, self.pattern)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        aten = torch.ops.aten
+        if func is aten._to_copy.default:
+            dtype = kwargs.get("dtype") or args[0].dtype
+            if dtype.is_floating_point:
+                return args[0].moved(dtype, kwargs.get("device") or args[0].device)
+        # Pipelines, offloading hooks and checkpointing copy and alias what they pass on.
+        if func in (aten.detach.default, aten.alias.default, aten.clone.default):
+            return args[0].moved(args[0].dtype, args[0].device)
+        if func is aten.slice.Tensor and _slices_nothing(*args):
+            return args[0].moved(args[0].dtype, args[0].device)
+        densify: Callable[[Any], Any] = lambda x: x.dense() if isinstance(x, CompactMask) else x  # noqa: E731
+        args, kwargs = torch.utils._pytree.tree_map(densify, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def ranges_of(mask: CompactMask) -> KeyRanges:
+    """The ranges of a mask (a function, because `torch.compile` does not follow properties)."""
+    return KeyRanges(mask.start, mask.end, mask.key_mask)
+
+
+def _slices_nothing(
+    tensor: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> bool:
+    return (start or 0) == 0 and step == 1 and (end is None or end >= tensor.shape[dim])
+
+
+def compact_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor:
+    """The mask function of every mechanism; arguments are those of Transformers' `eager_mask`.
+
+    Returns:
+        A `CompactMask`, or the dense additive mask (batch, 1, query, keys) where no compact form is
+        known.
+    """
+    tracing = torch.compiler.is_compiling() or (
+        attention_mask is not None and is_tracing(attention_mask)
+    )
+    bounds = None
+    pattern: Pattern | None = None
+    if not use_vmap and mask_function is bidirectional_mask_function:
+        bounds = _full_bounds(q_length, kv_length, device)
+        pattern = "full"
+    elif not use_vmap and mask_function is causal_mask_function:
+        bounds = _causal_bounds(q_length, kv_length, q_offset, kv_offset, device)
+        aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
+        pattern = "causal" if aligned else None
+    elif not use_vmap and not tracing:
+        bounds = _probe_bounds(
+            mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, device
+        )
+    if bounds is None:
+        return eager_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            dtype=dtype,
+            allow_is_bidirectional_skip=False,
+            use_vmap=use_vmap,
+            device=device,
+        )
+    start, end = bounds
+    keys = None
+    if attention_mask is not None:
+        keys = _visible_keys(attention_mask, kv_length, kv_offset, device)
+        if not tracing and bool(keys.all()):
+            keys = None
+    if keys is not None:
+        pattern = None
+        start, end = _shrink(start, end, keys)
+    ranges = KeyRanges(start.to(torch.int32), end.to(torch.int32), keys)
+    return CompactMask(ranges, batch_size, kv_length, dtype, pattern)
+
+
+def _full_bounds(
+    q_length: int, kv_length: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    start = torch.zeros(1, q_length, dtype=torch.int64, device=device)
+    return start, torch.full_like(start, kv_length)
+
+
+def _causal_bounds(
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    device: torch.device | str,
+) -> tuple[Tensor, Tensor]:
+    position = torch.arange(q_length, device=device) + q_offset
+    end = (position + 1 - kv_offset).clamp(0, kv_length)[None]
+    return torch.zeros_like(end), end
+
+
+def _probe_bounds(
+    mask_function: Callable[..., Tensor],
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    device: torch.device | str,
+) -> tuple[Tensor, Tensor] | None:
+    """Bounds of any pattern in which each query sees one range of keys; `None` for others.
+
+    The pattern is evaluated a few queries at a time, so no N × N tensor exists.
+    """
+    starts, ends = [], []
+    contiguous = torch.ones((), dtype=torch.bool, device=device)
+    step = max(_PROBE_ENTRIES // max(batch_size * kv_length, 1), 1)
+    for first in range(0, q_length, step):
+        visible = sdpa_mask(
+            batch_size=batch_size,
+            q_length=min(step, q_length - first),
+            kv_length=kv_length,
+            q_offset=q_offset + first,  # type: ignore[arg-type]
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            device=device,
+        )
+        if visible.shape[1] != 1:
+            return None
+        visible = visible[:, 0].to(torch.uint8)
+        count = visible.sum(dim=-1, dtype=torch.int64)
+        start = visible.argmax(dim=-1)
+        end = torch.where(count > 0, kv_length - visible.flip(-1).argmax(dim=-1), start)
+        contiguous &= (end - start == count).all()
+        starts.append(start)
+        ends.append(end)
+    if not bool(contiguous):
+        return None
+    return torch.cat(starts, dim=1), torch.cat(ends, dim=1)
+
+
+def _visible_keys(
+    attention_mask: Tensor, kv_length: int, kv_offset: int, device: torch.device | str
+) -> Tensor:
+    """Padding mask (batch, seen tokens) → visible keys (batch, keys); keys beyond it are hidden."""
+    keys = attention_mask.to(device=device, dtype=torch.bool)
+    missing = kv_length + kv_offset - keys.shape[-1]
+    if missing > 0:
+        keys = torch.nn.functional.pad(keys, (0, missing))
+    return keys[:, kv_offset : kv_offset + kv_length]
+
+
+def _shrink(start: Tensor, end: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Moves the bounds inwards to the first and last visible key of each row of the batch."""
+    flags = keys.to(torch.uint8)
+    first = flags.argmax(dim=-1, keepdim=True)
+    last = keys.shape[-1] - flags.flip(-1).argmax(dim=-1, keepdim=True)
+    last = torch.where(keys.any(dim=-1, keepdim=True), last, first)
+    return torch.maximum(start, first), torch.minimum(end, last)
+
+
+def packed_ranges(boundaries_q: Tensor, boundaries_k: Tensor, num_queries: int) -> KeyRanges:
+    """Ranges of a packed row from cumulative lengths (sequences + 1,), as flash attention takes them."""
+    position = torch.arange(num_queries, device=boundaries_q.device)
+    segment = torch.searchsorted(boundaries_q, position, right=True) - 1
+    segment = segment.clamp(max=boundaries_k.shape[0] - 2)
+    start, end = boundaries_k[segment], boundaries_k[segment + 1]
+    # Queries behind the last boundary belong to no sequence.
+    end = torch.where(position < boundaries_q[-1], end, start)
+    return KeyRanges(start[None].to(torch.int32), end[None].to(torch.int32))
+
+
+def packed_boundaries(position_ids: Tensor) -> Tensor | None:
+    """Cumulative lengths of sequences packed in one row, read off positions that start again at 0.
+
+    Args:
+        position_ids: (1, query).
+
+    Returns:
+        (sequences + 1,) int32, or `None` if the row holds one sequence.
+    """
+    row = position_ids[0]
+    restarts = (row[1:] - row[:-1] != 1).nonzero()[:, 0] + 1
+    if restarts.numel() == 0 or not bool((row[restarts] == 0).all()):
+        return None
+    ends = restarts.new_tensor([0]), restarts, restarts.new_tensor([row.shape[0]])
+    return torch.cat(ends).to(torch.int32)
+
+
+def intersect(one: KeyRanges, other: KeyRanges) -> KeyRanges:
+    """Keys that both let through."""
+    keys = one.keys if other.keys is None else other.keys
+    if one.keys is not None and other.keys is not None:
+        keys = one.keys & other.keys
+    return KeyRanges(
+        torch.maximum(one.start, other.start), torch.minimum(one.end, other.end), keys
+    )
+
+
+def selected_keys(indices: Tensor, num_keys: int) -> Tensor:
+    """(batch, query, selected) key positions, −1 unused → bool (batch, 1, query, keys)."""
+    selected = torch.zeros(
+        *indices.shape[:2], num_keys + 1, dtype=torch.bool, device=indices.device
+    )
+    # Unused slots are written to one extra column, which is cut off.
+    selected.scatter_(2, torch.where(indices < 0, num_keys, indices), True)
+    return selected[:, None, :, :num_keys]
+
+
+def selected_blocks(
+    block_indices: Tensor, block_size: int, num_keys: int, num_heads: int
+) -> Tensor:
+    """(batch, heads', query, selected) key blocks, −1 unused → bool (batch, heads, query, keys)."""
+    num_blocks = -(-num_keys // block_size)
+    shape = (*block_indices.shape[:3], num_blocks + 1)
+    blocks = torch.zeros(shape, dtype=torch.bool, device=block_indices.device)
+    blocks.scatter_(3, torch.where(block_indices < 0, num_blocks, block_indices), True)
+    keys = blocks[..., :num_blocks].repeat_interleave(block_size, dim=3)[..., :num_keys]
+    return keys.repeat_interleave(num_heads // block_indices.shape[1], dim=1)

@@ -1,0 +1,268 @@
+"""Mechanisms onto the attention modules of a model, and off again.
+
+`attach` and `detach` change a model that exists. `prepare` runs at the end of every model's
+constructor (see `hooks`) and gives the attention modules their child before weights are initialised or
+loaded. All three collect and validate first and change afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .attention.base import Mechanism
+from .config import SECTION, MechanismConfig
+from .discovery import (
+    AttentionModule,
+    attention_modules,
+    foreign_modules,
+    num_heads,
+    num_key_value_heads,
+)
+from .registry import CHILD, MECHANISMS, options_of
+
+Children = list[tuple[AttentionModule, Mechanism]]
+
+
+def attach(model: PreTrainedModel, config: MechanismConfig) -> PreTrainedModel:
+    """Puts a mechanism onto a loaded model, its parameters initialised: all or nothing.
+
+    Args:
+        model: any model whose attention asks the registry. Its sub-models are switched as well; to
+            change one part of a composite model, pass that part.
+        config: the options; their class selects the mechanism.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: `config` is not one of this package's config classes.
+        ValueError: the model cannot run the mechanism, or the options do not fit it. Nothing has
+            changed then.
+    """
+    if not isinstance(config, MechanismConfig):
+        raise TypeError(
+            f"attach(model, config) needs one of this package's config classes, got {config!r}."
+        )
+    name = config.mechanism
+    found = attention_modules(model)
+    refuse_foreign(model, foreign_modules(model), name)
+    if not found:
+        raise ValueError(no_attention(model, name))
+    children = make_children(found, config)
+
+    before = Snapshot.take(model)
+    try:
+        remove_children(model)
+        add_children(children)
+        for _, child in children:
+            child.reset_parameters()
+        setattr(model.config, SECTION, config)
+        switch(model, name)
+    except BaseException:
+        before.restore()
+        raise
+    return model
+
+
+def detach(model: PreTrainedModel, attn_implementation: str = "sdpa") -> PreTrainedModel:
+    """Takes a mechanism off a model: children with their parameters, options, flag. All or nothing.
+
+    Args:
+        model: a model with a mechanism.
+        attn_implementation: what it runs on afterwards, e.g. `"eager"` where an architecture does
+            not support `"sdpa"`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model carries no mechanism, or does not support `attn_implementation`. Nothing
+            has changed then.
+    """
+    if not any(carries_mechanism(found.module) for found in attention_modules(model)):
+        raise ValueError(f"{type(model).__name__} carries no mechanism of hf_expressive.")
+    before = Snapshot.take(model)
+    try:
+        remove_children(model)
+        setattr(model.config, SECTION, None)
+        switch(model, attn_implementation)
+    except BaseException:
+        before.restore()
+        raise
+    return model
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Gives every attention module whose config asks for a mechanism its child, if it has none.
+
+    Parameters are left to the loader's initialisation.
+
+    Raises:
+        ValueError: a part that is asked to run a mechanism cannot, or options do not fit.
+    """
+    wanted = [f for f in attention_modules(model) if implementation(f.owner) in MECHANISMS]
+    foreign = [f for f in foreign_modules(model) if implementation(f.owner) in MECHANISMS]
+    if foreign:
+        refuse_foreign(model, foreign, implementation(foreign[0].owner))
+    children: Children = []
+    for owner in {id(found.owner): found.owner for found in wanted}.values():
+        options = options_of(owner.config, implementation(owner))
+        of_owner = [found for found in wanted if found.owner is owner]
+        missing = [found for found in of_owner if not carries_mechanism(found.module)]
+        check_layers(of_owner, options)
+        children += make_children(missing, options)
+    add_children(children)
+
+
+def carries_mechanism(module: nn.Module) -> bool:
+    return isinstance(module._modules.get(CHILD), Mechanism)
+
+
+def implementation(model: PreTrainedModel) -> str:
+    """The attention implementation in a model's own config."""
+    return str(model.config._attn_implementation)
+
+
+def configs_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A config and its sub-configs, at any depth."""
+    yield config
+    for key in config.sub_configs:
+        sub_config = getattr(config, key, None)
+        if isinstance(sub_config, PreTrainedConfig):
+            yield from configs_of(sub_config)
+
+
+def make_children(modules: list[AttentionModule], options: MechanismConfig) -> Children:
+    """One child for each attention module, on its device and in its dtype, not yet attached.
+
+    Raises:
+        ValueError: options that do not fit a module; its path is in the message.
+    """
+    check_layers(modules, options)
+    entry = MECHANISMS[options.mechanism]
+    children = []
+    for found in modules:
+        try:
+            child = entry.module(
+                options,
+                layer=found.layer,
+                heads=num_heads(found.module),
+                kv_heads=num_key_value_heads(found.module),
+            )
+        except ValueError as error:
+            raise ValueError(f"{found.name}: {error}") from None
+        parameter = next((p for p in found.module.parameters() if p.is_floating_point()), None)
+        if parameter is not None:
+            child.to(device=parameter.device, dtype=parameter.dtype)
+        children.append((found, child))
+    return children
+
+
+def check_layers(modules: list[AttentionModule], options: MechanismConfig) -> None:
+    """Raises ValueError if a softmax layer does not exist in one of the (sub-)models."""
+    for owner in {id(found.owner): found.owner for found in modules}.values():
+        layers = 1 + max(found.layer for found in modules if found.owner is owner)
+        beyond = [layer for layer in options.softmax_layers if layer >= layers]
+        if beyond:
+            raise ValueError(
+                f"softmax_layers contains {beyond[0]}, but {type(owner).__name__} has {layers} "
+                f"attention layers (0 to {layers - 1})."
+            )
+
+
+def add_children(children: Children) -> None:
+    for found, child in children:
+        found.module.add_module(CHILD, child)
+        child.train(found.module.training)
+
+
+def remove_children(model: PreTrainedModel) -> None:
+    for found in attention_modules(model):
+        if carries_mechanism(found.module):
+            delattr(found.module, CHILD)
+
+
+def switch(model: PreTrainedModel, name: str) -> None:
+    """`set_attn_implementation`, with an error where Transformers only logs that nothing happened.
+
+    Raises:
+        ValueError: a part of the model kept its old implementation.
+    """
+    model.set_attn_implementation(name)
+    kept = [m for m in submodels(model) if implementation(m) != name]
+    if kept:
+        raise ValueError(
+            f"{type(kept[0]).__name__} does not let its attention implementation be set to {name!r}: "
+            "its code does not use Transformers' attention registry."
+        )
+
+
+def submodels(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """Every `PreTrainedModel` within a model, itself included."""
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def refuse_foreign(model: PreTrainedModel, foreign: list[AttentionModule], name: str) -> None:
+    """Raises ValueError if some attention would go on as softmax whatever was asked for."""
+    if not foreign:
+        return
+    first = foreign[0]
+    reason = (
+        f'{type(model).__name__} cannot run attn_implementation="{name}": {first.name or "it"} '
+        f"({type(first.module).__name__}) computes its softmax itself and never asks Transformers' "
+        "attention registry."
+    )
+    able = {id(f.owner): f.owner for f in attention_modules(model)}
+    unable = {id(f.owner) for f in foreign}
+    if any(owner not in unable for owner in able):
+        keys = {key: getattr(model.config, key, None) for key in model.config.sub_configs}
+        parts = ", ".join(
+            f'"{key}": "{name if any(o.config is config for o in able.values()) else "sdpa"}"'
+            for key, config in keys.items()
+        )
+        reason += f" Name the parts that do: attn_implementation={{{parts}}}."
+    raise ValueError(reason)
+
+
+def no_attention(model: PreTrainedModel, name: str) -> str:
+    return (
+        f'{type(model).__name__} cannot run attn_implementation="{name}": no module of it asks '
+        "Transformers' attention registry."
+    )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Children, options and implementations of a model, to go back to when a change fails."""
+
+    children: list[tuple[nn.Module, nn.Module | None]]
+    configs: list[tuple[PreTrainedConfig, str | None, object]]
+
+    @classmethod
+    def take(cls, model: PreTrainedModel) -> Snapshot:
+        modules = [found.module for found in attention_modules(model)]
+        configs = {
+            id(config): config for part in submodels(model) for config in configs_of(part.config)
+        }
+        return cls(
+            [(module, module._modules.get(CHILD)) for module in modules],
+            [
+                (config, config._attn_implementation_internal, config.__dict__.get(SECTION))
+                for config in configs.values()
+            ],
+        )
+
+    def restore(self) -> None:
+        for module, child in self.children:
+            module._modules.pop(CHILD, None)
+            if child is not None:
+                module.add_module(CHILD, child)
+        for config, name, section in self.configs:
+            config._attn_implementation_internal = name
+            config.__dict__.pop(SECTION, None)
+            if section is not None:
+                config.__dict__[SECTION] = section

@@ -1,0 +1,128 @@
+"""Build a tiny random model of any Transformers architecture that looks its attention up in the registry."""
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .exceptions import CONFIG, KEEP_EAGER, MODEL
+from .inputs import Padding, make_inputs
+from .shrink import shrink
+from .special_inputs import INPUTS
+
+_REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+# The most telling head first.
+_HEADS = (
+    "ForConditionalGeneration",
+    "ForBlockDiffusion",
+    "ForMaskedLM",
+    "ForCausalLM",
+    "LMHeadModel",
+    "ForCTC",
+    "ForRNNT",
+    "ForObjectDetection",
+    "ForUniversalSegmentation",
+    "ForPrediction",
+    "Model",
+    "",
+)
+
+
+@cache
+def _modeling_files() -> dict[str, str]:
+    """Architecture (the name of its modeling file) -> module, for every file that mentions the registry."""
+    models = Path(transformers.__file__).parent / "models"
+    files = sorted(models.glob("*/modeling_*.py"))
+    return {
+        file.stem.removeprefix("modeling_"): f"transformers.models.{file.parent.name}.{file.stem}"
+        for file in files
+        if _REGISTRY in file.read_text(encoding="utf-8")
+    }
+
+
+def architectures() -> list[str]:
+    """All architectures of the installed Transformers whose modeling file looks attention up in the registry."""
+    return list(_modeling_files())
+
+
+def _own_models(module: Any) -> list[type[PreTrainedModel]]:
+    return [
+        member
+        for member in vars(module).values()
+        if inspect.isclass(member)
+        and issubclass(member, PreTrainedModel)
+        and member.__module__ == module.__name__
+        and inspect.isclass(member.config_class)
+        and not member.__name__.endswith(("PreTrainedModel", "PreTrainedModelForConditionalGeneration"))
+    ]
+
+
+def _sub_configs(config: PreTrainedConfig) -> int:
+    return sum(isinstance(value, PreTrainedConfig) for value in vars(config).values())
+
+
+def model_class(name: str) -> type[PreTrainedModel]:
+    """The class to test: the widest configuration, then the most telling head."""
+    module = importlib.import_module(_modeling_files()[name])
+    if name in MODEL:
+        return getattr(module, MODEL[name])
+
+    def rank(cls: type[PreTrainedModel]) -> tuple[int, int]:
+        try:
+            parts = _sub_configs(cls.config_class())  # type: ignore[misc]
+        except Exception:  # no defaults: cannot be built without help
+            parts = -1
+        return -parts, next(index for index, head in enumerate(_HEADS) if cls.__name__.endswith(head))
+
+    return min(_own_models(module), key=rank)
+
+
+def tiny_config(name: str) -> PreTrainedConfig:
+    return shrink(model_class(name).config_class(), CONFIG.get(name))  # type: ignore[misc]
+
+
+@torch.no_grad()
+def _randomise(model: nn.Module, seed: int) -> None:
+    """Add noise to every parameter, so that zero-initialised gates and tiny scales do not hide the attention."""
+    random = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if not parameter.is_floating_point() or parameter.numel() == 0:
+            continue
+        deviation = 0.1 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
+        parameter.add_(torch.randn(parameter.shape, generator=random), alpha=deviation)
+
+
+@dataclass
+class Case:
+    name: str
+    family: str
+    model: PreTrainedModel
+
+    def inputs(self, padding: Padding = "none", seed: int = 0) -> dict[str, Any]:
+        return make_inputs(self.model, padding, seed, special=INPUTS.get(self.name))
+
+
+def _per_part(name: str, config: PreTrainedConfig, attn_implementation: str) -> str | dict[str, str]:
+    """The choice of attention, with the parts of `KEEP_EAGER` left out."""
+    if name not in KEEP_EAGER:
+        return attn_implementation
+    parts = ["", *(key for key, value in vars(config).items() if isinstance(value, PreTrainedConfig))]
+    return {part: "eager" if part in KEEP_EAGER[name] else attn_implementation for part in parts}
+
+
+def build(name: str, attn_implementation: str = "eager", seed: int = 0) -> Case:
+    """Build architecture `name` tiny, on CPU, in float32 and evaluation mode, with weights that depend on `seed` only."""
+    torch.manual_seed(seed)
+    cls = model_class(name)
+    config = tiny_config(name)
+    choice = _per_part(name, config, attn_implementation)
+    model = cls._from_config(config, attn_implementation=choice, dtype=torch.float32)
+    _randomise(model, seed)
+    return Case(name, "", model.eval())

@@ -1,0 +1,212 @@
+"""Inputs of single architectures, where the names in `forward` do not tell the shape.
+
+Every function receives the maker and the inputs made by the rules and changes them in place.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .inputs import BATCH, FRAMES, TARGET, TEXT, Maker, find, pair, sub_config
+
+Inputs = dict[str, Any]
+
+
+def drop(*names: str) -> Callable[[Maker, Inputs], None]:
+    def change(maker: Maker, inputs: Inputs) -> None:
+        for name in names:
+            inputs.pop(name, None)
+
+    return change
+
+
+def _codebooks(count: Callable[[Any], int], name: str = "input_ids") -> Callable[[Maker, Inputs], None]:
+    def change(maker: Maker, inputs: Inputs) -> None:
+        inputs[name] = maker.ids(BATCH, TEXT, count(maker.config))
+
+    return change
+
+
+def _decision_transformer(maker: Maker, inputs: Inputs) -> None:
+    config = maker.config
+    inputs |= {
+        "states": maker.normal(BATCH, TEXT, config.state_dim),
+        "actions": maker.normal(BATCH, TEXT, config.act_dim),
+        "rewards": maker.normal(BATCH, TEXT, 1),
+        "returns_to_go": maker.normal(BATCH, TEXT, 1),
+        "timesteps": torch.arange(TEXT).expand(BATCH, -1),
+        "attention_mask": torch.ones(BATCH, TEXT),
+    }
+
+
+def _time_series(maker: Maker, inputs: Inputs) -> None:
+    config = maker.config
+    past = config.context_length + max(config.lags_sequence)
+    inputs |= {
+        "past_values": maker.normal(BATCH, past),
+        "past_time_features": maker.normal(BATCH, past, config.num_time_features),
+        "past_observed_mask": torch.ones(BATCH, past),
+        "future_values": maker.normal(BATCH, config.prediction_length),
+        "future_time_features": maker.normal(BATCH, config.prediction_length, config.num_time_features),
+    }
+
+
+def _patched_series(maker: Maker, inputs: Inputs) -> None:
+    config = maker.config
+    inputs["past_values"] = maker.normal(BATCH, config.context_length, config.num_input_channels)
+
+
+def _frequency_series(maker: Maker, inputs: Inputs) -> None:
+    inputs["past_values"] = list(maker.normal(BATCH, 4 * maker.config.patch_length))
+    if "freq" in maker.names:
+        inputs["freq"] = torch.tensor([0, 1])
+
+
+def _time_first(*names: str) -> Callable[[Maker, Inputs], None]:
+    """Spectrograms as (batch, frames, bins); the number of bins stands under one of `names`."""
+
+    def change(maker: Maker, inputs: Inputs) -> None:
+        inputs["input_features"] = maker.normal(BATCH, FRAMES, find(maker.config, *names))
+
+    return change
+
+
+def _video(frames: Callable[[Any], int], name: str = "pixel_values_videos") -> Callable[[Maker, Inputs], None]:
+    def change(maker: Maker, inputs: Inputs) -> None:
+        vision = sub_config(maker.config, "vision", "video")
+        size = pair(find(vision, "image_size", "crop_size") or 32)
+        inputs[name] = maker.normal(BATCH, frames(vision), 3, *size)
+
+    return change
+
+
+def _images_each(number: int = 1, **more: Callable[[Maker], Any]) -> Callable[[Maker, Inputs], None]:
+    """Images as (batch, images of the row, channels, height, width)."""
+
+    def change(maker: Maker, inputs: Inputs) -> None:
+        shape = inputs["pixel_values"].shape
+        inputs["pixel_values"] = maker.normal(shape[0], number, *shape[1:])
+        inputs |= {name: make(maker) for name, make in more.items()}
+
+    return change
+
+
+def _patches(*shape: int) -> Callable[[Maker, Inputs], None]:
+    """Patches as images of their own, grid already known."""
+
+    def change(maker: Maker, inputs: Inputs) -> None:
+        inputs["pixel_values"] = maker.normal(*shape)
+
+    return change
+
+
+def _siglip2(maker: Maker, inputs: Inputs) -> None:
+    patch = maker.config.vision_config.patch_size
+    inputs |= {
+        "pixel_values": maker.normal(BATCH, 16, 3 * patch * patch),
+        "pixel_attention_mask": torch.ones(BATCH, 16, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[4, 4]] * BATCH),
+    }
+
+
+def _mllama(maker: Maker, inputs: Inputs) -> None:
+    size = maker.config.vision_config.image_size
+    tiles = maker.config.vision_config.max_num_tiles
+    inputs |= {
+        "pixel_values": maker.normal(BATCH, 1, tiles, 3, size, size),
+        "aspect_ratio_ids": torch.full((BATCH, 1), 6),
+        "aspect_ratio_mask": torch.ones(BATCH, 1, tiles, dtype=torch.long),
+        "cross_attention_mask": torch.ones(BATCH, TEXT, 1, tiles, dtype=torch.long),
+    }
+
+
+def _kosmos2(maker: Maker, inputs: Inputs) -> None:
+    inputs["input_ids"] = maker.ids(BATCH, 8 + TEXT)
+    mask = torch.zeros(BATCH, 8 + TEXT, dtype=torch.long)
+    mask[:, 1:9] = 1
+    inputs["image_embeds_position_mask"] = mask
+
+
+def _qformer(maker: Maker, inputs: Inputs) -> None:
+    inputs["qformer_input_ids"] = maker.ids(BATCH, 5)
+    if "video" in type(maker.config).__name__.lower():
+        inputs["pixel_values"] = inputs["pixel_values"][:, None].repeat(1, 4, 1, 1, 1)
+        inputs["input_ids"] = torch.cat([torch.full((BATCH, 4 * 8), 255), maker.ids(BATCH, TEXT)], dim=1)
+
+
+INPUTS: dict[str, Callable[[Maker, Inputs], None]] = {
+    "audio_spectrogram_transformer": lambda m, x: x.update(input_values=m.normal(BATCH, 64, 32)),
+    "blt": lambda m, x: x.update(use_cache=False),
+    "canary": _time_first("num_mel_bins"),
+    "clap": lambda m, x: x.update(input_features=m.normal(BATCH, 1, 64, 16)),
+    "cohere_asr": _time_first("num_mel_bins"),
+    "csm": drop("input_values"),
+    "decision_transformer": _decision_transformer,
+    "dia": lambda m, x: x.update(decoder_input_ids=m.ids(BATCH, TARGET, 9)),
+    "dots3_note": drop("input_features"),
+    "efficientloftr": _images_each(2),
+    "embedding_gemma2": drop("pixel_values", "input_features"),
+    "emu3": drop("pixel_values"),
+    "fun_asr_nano": lambda m, x: x.update(input_features=m.normal(BATCH, FRAMES, 560)),
+    "gemma4": drop("pixel_values", "input_features"),
+    "gemma4_unified": drop("pixel_values", "input_features"),
+    "glm_image": drop("pixel_values", "image_grid_thw"),
+    "granite4_vision": drop("pixel_values"),
+    "granite_docling": _images_each(pixel_attention_mask=lambda m: torch.ones(BATCH, 1, dtype=torch.bool)),
+    "granite_speech5": lambda m, x: x.update(input_features=m.normal(BATCH, FRAMES, 320)),
+    "idefics": _images_each(image_attention_mask=lambda m: torch.ones(BATCH, TEXT, 1, dtype=torch.long)),
+    "idefics2": _images_each(),
+    "idefics3": _images_each(),
+    "informer": _time_series,
+    "inkling": drop("pixel_values"),
+    "inkling2": _patches(BATCH * 4, 1, 16, 16, 3),
+    "instructblip": _qformer,
+    "instructblipvideo": _qformer,
+    "kimi_k25": _patches(BATCH * 16, 3, 8, 8),
+    "kosmos2": _kosmos2,
+    "kyutai_speech_to_text": _codebooks(lambda config: config.num_codebooks + 1),
+    "lasr": _time_first("num_mel_bins"),
+    "lightglue": _images_each(2),
+    "mimi": lambda m, x: x.update(input_values=m.normal(BATCH, 1, 7680)),
+    "mllama": _mllama,
+    "moss_transcribe_diarize": lambda m, x: x.update(padding_mask=torch.ones(BATCH, 10000, dtype=torch.long)),
+    "muse_glimmer_assistant": lambda m, x: x.update(
+        noise_embeds=m.normal(BATCH, 4, 64), context_hidden_states=m.normal(BATCH, 6, 64 * 5)
+    ),
+    "musicgen": lambda m, x: x.update(decoder_input_ids=m.ids(BATCH * 4, TARGET)),
+    "musicgen_melody": lambda m, x: x.update(
+        decoder_input_ids=m.ids(BATCH * 4, TARGET), input_features=m.normal(BATCH, 8, 12)
+    ),
+    "nemotron3_5_transcribe": _time_first("num_mel_bins"),
+    "nemotron3_diarization": _time_first("num_mel_bins"),
+    "nemotron_asr_streaming": _time_first("num_mel_bins"),
+    "neucodec": _time_first("feature_projection_input_dim"),
+    "paddleocr_vl": _patches(1, BATCH * 16, 3, 8, 8),
+    "parakeet": _time_first("num_mel_bins"),
+    "patchtsmixer": _patched_series,
+    "patchtst": _patched_series,
+    "pe_audio": lambda m, x: x.update(input_values=m.normal(BATCH, 1, 4 * 1920)),
+    "pix2struct": lambda m, x: x.update(flattened_patches=m.normal(BATCH, 12, 66)),
+    "pocket_tts_audio_tokenizer": lambda m, x: x.update(input_values=m.normal(BATCH, 1, 7680)),
+    "pop2piano": lambda m, x: x.update(input_features=m.normal(BATCH, 8, 64), input_ids=None),
+    "pp_ocrv5_mobile_rec": lambda m, x: x.update(pixel_values=m.normal(BATCH, 3, 48, 64)),
+    "pp_ocrv5_server_rec": lambda m, x: x.update(pixel_values=m.normal(BATCH, 3, 48, 64)),
+    "pp_ocrv6_small_rec": lambda m, x: x.update(pixel_values=m.normal(BATCH, 3, 48, 64)),
+    "siglip2": _siglip2,
+    "smolvlm": _images_each(),
+    "speech_to_text": _time_first("input_feat_per_channel"),
+    "time_series_transformer": _time_series,
+    "timesfm": _frequency_series,
+    "timesfm2_5": _frequency_series,
+    "video_llama_3": lambda m, x: x.update(image_merge_sizes=torch.tensor([2] * BATCH)),
+    "videomae": _video(lambda config: config.num_frames, "pixel_values"),
+    "videomt": _video(lambda config: 2),
+    "videoprism": _video(lambda config: config.num_frames),
+    "vivit": _video(lambda config: config.num_frames, "pixel_values"),
+    "vjepa2": _video(lambda config: 4),
+    "voxtral_realtime": lambda m, x: x.update(input_ids=m.ids(BATCH, 8)),
+    "wav2vec2_bert": _time_first("feature_projection_input_dim"),
+    "x_clip": _video(lambda config: config.num_frames, "pixel_values"),
+    "xcodec2": _time_first("feature_projection_input_dim"),
+}
