@@ -129,9 +129,130 @@ class ExpressiveConfig(MechanismConfig):
         return self.scale == "learned"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImplicitKernelConfig(MechanismConfig):
+    """Options of implicit kernel attention, `attn_implementation="implicit_kernel"`.
+
+    An option that the chosen kernel does not read must keep its default.
+
+    Args:
+        kernel: `"rbf"` (with p = 2 this is softmax attention), `"stationary"`, `"direct"` (learned
+            frequencies, non-stationary), `"implicit"` (frequencies from learned noise through learned
+            generators), `"copula"` (as implicit, the noise of the heads coupled).
+        num_features: M, frequencies a density; even for `"implicit"` and `"copula"`, where one half
+            each comes from noise around +μ and −μ.
+        p: exponent ≥ 1 of the magnitudes ‖k‖_p², or `"learned"`: one a key/value head, above 1, 2 at
+            the start.
+        norm_dropout: probability with which the magnitude of a key is dropped from a head, in training
+            only. Magnitudes of a pretrained model can be large; converting one, prefer 0.
+        epsilon: ε ≥ 0 of the weight k² + ε.
+        init: how `"stationary"` and `"direct"` start. `"kaiming"`: uniform within ±d^-½, the authors'
+            choice. `"gaussian"`: 2πW ~ N(0, 1/(2√d)), whose squared kernel is the RBF kernel of softmax
+            attention up to the sampling error of M frequencies.
+        condition: what the noise of `"implicit"` and `"copula"` depends on. `"mean"`: learned constants
+            and the mean query and key of the sequence, as in the paper; every position then sees the
+            whole sequence, so it is for encoders only. `"constant"`: learned constants. `"auto"`:
+            `"mean"` where an attention module is the self-attention of an encoder, else `"constant"`.
+        prior_scale: standard deviation of the noise's prior.
+        kl_weight: weight of KL(noise density ‖ prior) in `auxiliary_loss`.
+        copula_weight: weight of the copula entropy in `auxiliary_loss`.
+        seed: seed of the noise that is stored for evaluation.
+        authors_code: reproduce three places where the published code departs from the paper: the
+            magnitudes are divided by 2·d^¼ in place of 2√d; the copula multiplies the noise by the row
+            sums of L in place of L, which couples nothing; exp(log σ²) is the standard deviation.
+        softmax_layers, softmax_heads: see `MechanismConfig`.
+
+    Raises:
+        ValueError: a value of the wrong type or out of range, or an option that the kernel does not
+            read.
+
+    Source: K. Song, Y. Jung, D. Kim, I.-C. Moon, AAAI 2021, arXiv 2006.06147; `p="learned"`,
+    `init="gaussian"`, `condition="constant"` and the hybrids are ours.
+    """
+
+    mechanism: ClassVar[str] = "implicit_kernel"
+
+    kernel: Literal["rbf", "stationary", "direct", "implicit", "copula"] = "direct"
+    num_features: int = 64
+    p: Literal["learned"] | float = 2.0
+    norm_dropout: float = 0.1
+    epsilon: float = 1e-5
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    condition: Literal["auto", "mean", "constant"] = "auto"
+    prior_scale: float = 0.1
+    kl_weight: float = 0.1
+    copula_weight: float = 1.0
+    seed: int = 0
+    authors_code: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("kernel", self.kernel, ("rbf", "stationary", "direct", "implicit", "copula"))
+        _check_choice("init", self.init, ("kaiming", "gaussian"))
+        _check_choice("condition", self.condition, ("auto", "mean", "constant"))
+        if not _is_integer(self.num_features) or self.num_features < 1:
+            raise ValueError(f"num_features must be an integer ≥ 1, got {self.num_features!r}.")
+        if self.generates_frequencies and self.num_features % 2:
+            raise ValueError(
+                f"num_features must be even for kernel={self.kernel!r}, got {self.num_features}."
+            )
+        if self.p != "learned" and (not _is_number(self.p) or self.p < 1):
+            raise ValueError(f"p must be 'learned' or a number ≥ 1, got {self.p!r}.")
+        if not _is_number(self.norm_dropout) or not 0 <= self.norm_dropout < 1:
+            raise ValueError(f"norm_dropout must be in [0, 1), got {self.norm_dropout!r}.")
+        for name in ("epsilon", "kl_weight", "copula_weight"):
+            if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
+                raise ValueError(f"{name} must be a number ≥ 0, got {getattr(self, name)!r}.")
+        if not _is_number(self.prior_scale) or self.prior_scale <= 0:
+            raise ValueError(f"prior_scale must be a positive number, got {self.prior_scale!r}.")
+        if not _is_integer(self.seed) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be an integer from 0 to 2⁶³ − 1, got {self.seed!r}.")
+        if not isinstance(self.authors_code, bool):
+            raise ValueError(f"authors_code must be true or false, got {self.authors_code!r}.")
+        for field in dataclasses.fields(self):
+            kernels = _READ_BY.get(field.name)
+            value = getattr(self, field.name)
+            if kernels is not None and self.kernel not in kernels and value != field.default:
+                raise ValueError(
+                    f"{field.name}={value!r} has no meaning for kernel={self.kernel!r}; it is an "
+                    f"option of {', '.join(kernels)}."
+                )
+            if isinstance(field.default, float) and _is_number(value):
+                object.__setattr__(self, field.name, float(value))
+
+    @property
+    def generates_frequencies(self) -> bool:
+        """Whether frequencies come from noise through generators."""
+        return self.kernel in ("implicit", "copula")
+
+    @property
+    def needs_parameters(self) -> bool:
+        return self.kernel != "rbf" or self.p == "learned"
+
+
+_GENERATED = ("implicit", "copula")
+_FEATURES = ("stationary", "direct", *_GENERATED)
+#: The kernels that read an option of `ImplicitKernelConfig`, where not all do.
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "num_features": _FEATURES,
+    "epsilon": _FEATURES,
+    "init": ("stationary", "direct"),
+    "condition": _GENERATED,
+    "prior_scale": _GENERATED,
+    "kl_weight": _GENERATED,
+    "copula_weight": ("copula",),
+    "seed": _GENERATED,
+}
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+
+
 #: The options class of each mechanism.
 CONFIG_CLASSES: dict[str, type[MechanismConfig]] = {
-    cls.mechanism: cls for cls in (ExpressiveConfig,)
+    cls.mechanism: cls for cls in (ExpressiveConfig, ImplicitKernelConfig)
 }
 
 

@@ -12,8 +12,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import CodeType
+from typing import Any
 
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,8 +26,7 @@ _INDEX = re.compile(r"^(.*\.)?\d+(?=\.|$)")
 
 
 @cache
-def asks_registry(cls: type[nn.Module]) -> bool:
-    """Whether the forward of a module class looks its attention function up in the registry."""
+def _looks_up(cls: Any) -> bool:
     names = _names(cls, "forward")
     # getattr() on the registry never finds a registered function: such code always runs its own.
     looks_up = "get_interface" in names or "getattr" not in names
@@ -32,12 +34,23 @@ def asks_registry(cls: type[nn.Module]) -> bool:
 
 
 @cache
-def computes_own_attention(cls: type[nn.Module]) -> bool:
-    """Whether a module class is attention by name and computes its softmax without the registry."""
+def _has_own_softmax(cls: Any) -> bool:
     if asks_registry(cls) or not re.search(r"Attention|Attn", cls.__name__):
         return False
     names = set().union(*(_names(cls, name) for name, _ in inspect.getmembers(cls, callable)))
     return bool(names & _OWN_SOFTMAX)
+
+
+def asks_registry(cls: type[nn.Module]) -> bool:
+    """Whether the forward of a module class looks its attention function up in the registry."""
+    key: Any = cls  # hashable, though the metaclass' stubs deny it
+    return _looks_up(key)
+
+
+def computes_own_attention(cls: type[nn.Module]) -> bool:
+    """Whether a module class is attention by name and computes its softmax without the registry."""
+    key: Any = cls
+    return _has_own_softmax(key)
 
 
 def _names(cls: type[nn.Module], method: str) -> set[str]:
@@ -47,7 +60,8 @@ def _names(cls: type[nn.Module], method: str) -> set[str]:
     code = getattr(function, "__code__", None)
     if defined_by_torch or not isinstance(code, CodeType):
         return set()
-    found, pending = set(), [code]
+    found: set[str] = set()
+    pending = [code]
     while pending:
         current = pending.pop()
         found.update(current.co_names, current.co_freevars)
@@ -122,24 +136,54 @@ def _walk(
     yield from visit(model, "", model, "")
 
 
-_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "attention_heads", "nheads")
+_HEAD_COUNTS = (
+    "num_heads",
+    "num_attention_heads",
+    "n_heads",
+    "n_head",
+    "attention_heads",
+    "nheads",
+)
+_HEAD_DIMS = ("head_dim", "qk_head_dim", "attention_head_size", "key_value_proj_dim", "d_kv")
 
 
 def num_heads(module: nn.Module) -> int | None:
     """Query heads of an attention module: its own attribute, else its config's; `None` if unknown."""
+    return _first_integer(module, _HEAD_COUNTS)
+
+
+def num_key_value_heads(module: nn.Module) -> int | None:
+    """Key/value heads of an attention module, `None` if unknown; its query heads without grouping."""
+    if (value := _first_integer(module, ("num_key_value_heads",))) is not None:
+        return value
+    heads, group = num_heads(module), getattr(module, "num_key_value_groups", 1)
+    return heads // group if heads is not None and isinstance(group, int) else None
+
+
+def head_dim(module: nn.Module) -> int | None:
+    """Size of a head's queries and keys, `None` if unknown."""
+    return _first_integer(module, _HEAD_DIMS)
+
+
+def _first_integer(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    """The first of these attributes that is an integer, of the module and then of its config."""
     for source in (module, getattr(module, "config", None)):
-        for name in _HEAD_COUNTS:
+        for name in names:
             value = getattr(source, name, None)
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
     return None
 
 
-def num_key_value_heads(module: nn.Module) -> int | None:
-    """Key/value heads of an attention module, `None` if unknown; its query heads without grouping."""
-    for source in (module, getattr(module, "config", None)):
-        value = getattr(source, "num_key_value_heads", None)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    heads, group = num_heads(module), getattr(module, "num_key_value_groups", 1)
-    return heads // group if heads is not None and isinstance(group, int) else None
+def supported_architectures() -> tuple[str, ...]:
+    """Model types of the installed Transformers whose attention asks the registry.
+
+    Read off the source of every modeling file; nothing is imported. Parts of a composite
+    architecture may still compute an attention of their own, which is refused when it is asked for.
+    """
+    folder = Path(inspect.getfile(transformers)).parent / "models"
+    types = set()
+    for path in folder.glob("*/modeling_*.py"):
+        if f"{_REGISTRY}.get_interface(" in path.read_text(encoding="utf-8"):
+            types.add(path.stem.removeprefix("modeling_"))
+    return tuple(sorted(types))

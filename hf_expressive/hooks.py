@@ -36,7 +36,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from . import patcher
 from .attention.base import Mechanism
 from .config import SECTION, MechanismConfig, read_section
-from .discovery import asks_registry, computes_own_attention
+from .discovery import asks_registry, attention_modules, computes_own_attention
 from .registry import MECHANISMS, options_of
 
 _INSTALLED = "_hf_expressive_installed"
@@ -171,7 +171,7 @@ def _get_correct_attn_implementation(
         options = options_of(model.config, name)
         bare = [
             found
-            for found in patcher.attention_modules(model)
+            for found in attention_modules(model)
             if found.owner.config is model.config and not patcher.carries_mechanism(found.module)
         ]
         if options.needs_parameters and bare:

@@ -41,6 +41,11 @@ _PROBE_ENTRIES = 2**24
 #: What a mask says without looking at data: everything visible, or the last query at the last key.
 Pattern = Literal["full", "causal"]
 
+_WRITTEN = (
+    "{} writes into an attention mask that is held in compact form; write into mask.dense(), or use "
+    "the out-of-place form of the operation."
+)
+
 
 class CompactMask(torch.Tensor):
     """An additive mask (batch, 1, query, keys) held as the parts of a `KeyRanges`.
@@ -64,7 +69,7 @@ class CompactMask(torch.Tensor):
         dtype: torch.dtype,
         pattern: Pattern | None,
     ) -> CompactMask:
-        mask: CompactMask = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        mask: CompactMask = torch.Tensor._make_wrapper_subclass(
             cls,
             (batch, 1, ranges.start.shape[1], num_keys),
             dtype=dtype,
@@ -77,8 +82,12 @@ class CompactMask(torch.Tensor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"CompactMask(shape={tuple(self.shape)}, pattern={self.pattern})"
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Refused: a slice of a compact mask is a slice of a copy, and the entry would be lost."""
+        raise RuntimeError(_WRITTEN.format("mask[…] = …"))
 
     def dense(self) -> Tensor:
         """The additive mask (batch, 1, query, keys) that it stands for."""
@@ -105,7 +114,7 @@ class CompactMask(torch.Tensor):
         return CompactMask(ranges, self.shape[0], self.shape[3], dtype, self.pattern)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -114,6 +123,8 @@ class CompactMask(torch.Tensor):
             dtype = kwargs.get("dtype") or args[0].dtype
             if dtype.is_floating_point:
                 return args[0].moved(dtype, kwargs.get("device") or args[0].device)
+        if func._schema.is_mutable and args and isinstance(args[0], CompactMask):
+            raise RuntimeError(_WRITTEN.format(func))
         # Pipelines, offloading hooks and checkpointing copy and alias what they pass on.
         if func in (aten.detach.default, aten.alias.default, aten.clone.default):
             return args[0].moved(args[0].dtype, args[0].device)
@@ -141,7 +152,7 @@ def compact_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] = causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     use_vmap: bool = False,
@@ -175,7 +186,7 @@ def compact_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
-            q_offset=q_offset,
+            q_offset=q_offset,  # type: ignore[arg-type]
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
@@ -217,7 +228,7 @@ def _causal_bounds(
 
 
 def _probe_bounds(
-    mask_function: Callable[..., Tensor],
+    mask_function: Callable[..., Any],
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -233,7 +244,7 @@ def _probe_bounds(
     contiguous = torch.ones((), dtype=torch.bool, device=device)
     step = max(_PROBE_ENTRIES // max(batch_size * kv_length, 1), 1)
     for first in range(0, q_length, step):
-        visible = sdpa_mask(
+        visible: Any = sdpa_mask(
             batch_size=batch_size,
             q_length=min(step, q_length - first),
             kv_length=kv_length,
@@ -311,9 +322,7 @@ def intersect(one: KeyRanges, other: KeyRanges) -> KeyRanges:
     keys = one.keys if other.keys is None else other.keys
     if one.keys is not None and other.keys is not None:
         keys = one.keys & other.keys
-    return KeyRanges(
-        torch.maximum(one.start, other.start), torch.minimum(one.end, other.end), keys
-    )
+    return KeyRanges(torch.maximum(one.start, other.start), torch.minimum(one.end, other.end), keys)
 
 
 def selected_keys(indices: Tensor, num_keys: int) -> Tensor:

@@ -16,7 +16,15 @@ from transformers.masking_utils import AttentionMaskInterface
 from .attention.base import Mechanism
 from .attention.contract import read_call
 from .attention.expressive import ExpressiveAttention
-from .config import CONFIG_CLASSES, SECTION, ExpressiveConfig, MechanismConfig, read_section
+from .attention.implicit_kernel import ImplicitKernelAttention
+from .config import (
+    CONFIG_CLASSES,
+    SECTION,
+    ExpressiveConfig,
+    ImplicitKernelConfig,
+    MechanismConfig,
+    read_section,
+)
 from .masking import compact_mask
 
 #: Name of the child module that carries a mechanism on each attention module.
@@ -38,12 +46,18 @@ class Entry:
         # Transformers reads a meaning into these parts of a name.
         reserved = ("flash", "sdpa", "flex_attention", "paged|", "/")
         if any(part in self.name for part in reserved) or self.name == "eager":
-            raise ValueError(f"mechanism name {self.name!r} contains one of {reserved} or is 'eager'.")
+            raise ValueError(
+                f"mechanism name {self.name!r} contains one of {reserved} or is 'eager'."
+            )
 
 
 #: The table. A new mechanism is a file in `attention/` and a row here.
 MECHANISMS: dict[str, Entry] = {
-    entry.name: entry for entry in (Entry(ExpressiveConfig, ExpressiveAttention),)
+    entry.name: entry
+    for entry in (
+        Entry(ExpressiveConfig, ExpressiveAttention),
+        Entry(ImplicitKernelConfig, ImplicitKernelAttention),
+    )
 }
 
 
@@ -60,8 +74,8 @@ def options_of(config: PreTrainedConfig, mechanism: str) -> MechanismConfig:
     if options.mechanism != mechanism:
         raise ValueError(
             f'attn_implementation="{mechanism}" was asked for, but the {SECTION} section of the '
-            f'config describes "{options.mechanism}"; pass {SECTION}={MECHANISMS[mechanism].config.__name__}(…) '
-            "as well."
+            f'config describes "{options.mechanism}"; pass '
+            f"{SECTION}={MECHANISMS[mechanism].config.__name__}(…) as well."
         )
     return options
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import MechanismConfig
 from ..ops import KeyRanges
-from ..ops.functional import attend
+from ..ops.functional import Implementation, attend
 from ..ops.response import Response
 
 
@@ -27,6 +27,7 @@ class AttentionCall:
         attention_mask, bias, is_causal, sliding_window, softcap, sinks, dropout: as
             `hf_expressive.ops.expressive_attention`.
         return_weights: whether the weights (batch, heads, query, keys) are wanted too.
+        impl: implementation, see `hf_expressive.ops.functional`.
     """
 
     query: Tensor
@@ -41,6 +42,7 @@ class AttentionCall:
     sinks: Tensor | None = None
     dropout: float = 0.0
     return_weights: bool = False
+    impl: Implementation = "auto"
 
     def heads(self, heads: slice) -> AttentionCall:
         """The same call for some of the query heads (whole groups)."""
@@ -78,6 +80,7 @@ class AttentionCall:
             "softcap": self.softcap,
             "sinks": self.sinks,
             "dropout": self.dropout,
+            "impl": self.impl,
         }
         if self.return_weights:
             out, weights = attend(self.query, self.key, self.value, return_weights=True, **options)  # type: ignore[call-overload]

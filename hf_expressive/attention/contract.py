@@ -53,7 +53,9 @@ def read_call(
     """
     for name, remedy in _REFUSED.items():
         if kwargs.get(name) is not None:
-            raise ValueError(f"attention was called with {name}=<{type(kwargs[name]).__name__}>: {remedy}.")
+            raise ValueError(
+                f"attention was called with {name}=<{type(kwargs[name]).__name__}>: {remedy}."
+            )
 
     num_queries, num_keys = query.shape[2], key.shape[2]
     bias = kwargs.get("position_bias")
@@ -61,7 +63,7 @@ def read_call(
     if (indices := kwargs.get("indices")) is not None:
         mask = _restrict(mask, selected_keys(indices, num_keys))
     if (blocks := kwargs.get("block_indices")) is not None:
-        size = module.indexer.block_size  # type: ignore[union-attr]
+        size = int(module.indexer.block_size)  # type: ignore[union-attr, arg-type]
         mask = _restrict(mask, selected_blocks(blocks, size, num_keys, query.shape[1]))
 
     sinks = kwargs.get("s_aux")
@@ -106,7 +108,11 @@ def _visibility(
         return packed, is_causal, window
     mask: Tensor | KeyRanges = attention_mask
     if isinstance(attention_mask, CompactMask):
-        if packed is None and attention_mask.pattern is not None and attention_mask.shape[3] == num_keys:
+        if (
+            packed is None
+            and attention_mask.pattern is not None
+            and attention_mask.shape[3] == num_keys
+        ):
             return None, attention_mask.pattern == "causal", None
         ranges = ranges_of(attention_mask)
         if ranges.keys is not None and attention_mask.shape[3] != num_keys:
@@ -115,7 +121,11 @@ def _visibility(
     elif attention_mask.shape[-1] > num_keys:
         mask = attention_mask[..., :num_keys]
     if packed is not None:
-        mask = intersect(mask, packed) if isinstance(mask, KeyRanges) else _restrict(mask, packed.dense(num_keys))
+        mask = (
+            intersect(mask, packed)
+            if isinstance(mask, KeyRanges)
+            else _restrict(mask, packed.dense(num_keys))
+        )
     return mask, False, None
 
 

@@ -46,7 +46,7 @@ class ExpressiveAttention(Mechanism):
         elif self.scale == "learned":
             scale = self.log_gain[heads].float().exp() * call.scaling
         else:
-            scale = cast(float, self.scale)
+            scale = self.scale
         return call.attend(self.response, scale)
 
     def reset_parameters(self) -> None:

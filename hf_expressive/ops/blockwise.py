@@ -62,9 +62,7 @@ class _Tiling:
             self.factor = self.factor * gain
         self.query = self.split_heads(problem.query.to(dtype)) * self.factor
         self.key = problem.key.to(dtype).contiguous()
-        # A column of ones makes the row sum part of the product with the values.
-        value = problem.value.to(dtype)
-        self.value = torch.cat([value, value.new_ones(*value.shape[:3], 1)], dim=-1)
+        self.value = problem.value.to(dtype).contiguous()
 
         self.key_bias = None if problem.key_bias is None else problem.key_bias.to(dtype)
         self.bias = None if problem.bias is None else self.split_heads(problem.bias)
@@ -180,7 +178,9 @@ class _Tiling:
     def cut(self, tensor: Tensor, block: _Block) -> Tensor:
         """The part of a (B|1, K|1, group|1, Q|1, N|1) tensor that belongs to a block."""
         where = (block.batch, block.heads, slice(None), block.rows, block.columns)
-        pick = [cut if size > 1 else slice(None) for cut, size in zip(where, tensor.shape)]
+        pick = [
+            cut if size > 1 else slice(None) for cut, size in zip(where, tensor.shape, strict=True)
+        ]
         return tensor[tuple(pick)]
 
     def hidden(self, block: _Block) -> Tensor | None:
@@ -230,11 +230,12 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 
     for batch, heads, band in tiling:
         query = tiling.rows_of(tiling.query, batch, heads, band.rows)
-        total = query.new_zeros(*query.shape[:3], tiling.value_dim + 1)
+        total = query.new_zeros(*query.shape[:3], tiling.value_dim)
+        normalizer = query.new_zeros(*query.shape[:3], 1)
         shift = query.new_full((*query.shape[:3], 1), -torch.inf)
         if tiling.sinks is not None:
             shift = tiling.rows_of(tiling.sinks, batch, heads, band.rows).clone()
-            total[..., -1:] = shift.isfinite()
+            normalizer += shift.isfinite()
         for columns, partial in band.columns:
             block = _Block(batch, heads, band.rows, columns, partial)
             score, _ = tiling.scores(query, block)
@@ -245,24 +246,21 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
                 weight = additive.sub_(safe).exp_()
                 if problem.response.bounded:
                     weight = weight.mul_(problem.response(score))
-                total *= torch.exp(shift - safe)
+                rescale = torch.exp(shift - safe)
+                total, normalizer = total * rescale, normalizer * rescale
                 shift = highest
             else:
                 weight = _hill_1_(score) if _is_hill_1(problem) else problem.response(score)
                 hidden = tiling.hidden(block)
                 if hidden is not None:
                     tiling.blocked(weight, block).masked_fill_(hidden, 0.0)
-            value = tiling.value[batch, heads, columns]
+            normalizer += weight.sum(dim=-1, keepdim=True)
             kept = tiling.kept(block)
-            if kept is None:
-                total += torch.matmul(weight, value)
-            else:
-                total[..., -1:] += weight.sum(dim=-1, keepdim=True)
-                dropped = (tiling.blocked(weight, block) * kept).flatten(2, 3)
-                total[..., :-1] += torch.matmul(dropped, value[..., :-1])
-        normalizer = total[..., -1:]
+            if kept is not None:
+                tiling.blocked(weight, block).mul_(kept)
+            total += torch.matmul(weight, tiling.value[batch, heads, columns])
         empty = normalizer < tiny
-        result = (total[..., :-1] / normalizer).masked_fill_(empty, 0.0)
+        result = (total / normalizer).masked_fill_(empty, 0.0)
         logarithm = torch.log(normalizer)
         if tiling.shifted:
             logarithm = logarithm + shift
@@ -303,9 +301,11 @@ def backward(
 
     grad_query = torch.zeros_like(tiling.query)
     grad_key = torch.zeros_like(tiling.key)
-    grad_value = torch.zeros_like(tiling.value[..., :-1])
-    grad_key_bias = torch.zeros_like(tiling.key_bias) if need_key_bias else None
-    grad_bias = None
+    grad_value = torch.zeros_like(tiling.value)
+    grad_key_bias = grad_bias = None
+    if need_key_bias:
+        assert tiling.key_bias is not None
+        grad_key_bias = torch.zeros_like(tiling.key_bias)
     if need_bias:
         assert tiling.bias is not None
         grad_bias = torch.zeros_like(tiling.bias, dtype=tiling.dtype)
@@ -315,8 +315,6 @@ def backward(
         band_grad = tiling.rows_of(grad, batch, heads, band.rows)
         band_delta = tiling.rows_of(delta, batch, heads, band.rows)
         band_norm = tiling.rows_of(log_norm, batch, heads, band.rows)
-        # The column of ones in the values subtracts δ within the product.
-        extended = torch.cat([band_grad, -band_delta], dim=-1)
         band_grad_query = torch.zeros_like(query)
         for columns, partial in band.columns:
             block = _Block(batch, heads, band.rows, columns, partial)
@@ -339,15 +337,12 @@ def backward(
                     tiling.blocked(weight, block).masked_fill_(hidden, 0.0)
                     tiling.blocked(slope, block).masked_fill_(hidden, 0.0)
             value = tiling.value[batch, heads, columns]
-            kept = tiling.kept(block)
-            if kept is None:
-                grad_weight = torch.matmul(extended, value.transpose(-1, -2))
-                dropped = weight
-            else:
-                grad_weight = torch.matmul(band_grad, value[..., :-1].transpose(-1, -2))
+            grad_weight = torch.matmul(band_grad, value.transpose(-1, -2))
+            dropped, kept = weight, tiling.kept(block)
+            if kept is not None:
                 tiling.blocked(grad_weight, block).mul_(kept)
-                grad_weight -= band_delta
                 dropped = (tiling.blocked(weight, block) * kept).flatten(2, 3)
+            grad_weight -= band_delta
             grad_value[batch, heads, columns] += torch.matmul(dropped.transpose(-1, -2), band_grad)
             if grad_key_bias is not None or grad_bias is not None:
                 grad_additive = tiling.blocked(weight * grad_weight, block)

@@ -12,7 +12,6 @@ An implementation asked for by name runs or raises; it is never replaced by anot
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Literal, overload
 
@@ -242,7 +241,9 @@ def _problem(
     factor = head_dim**-0.5
     if isinstance(scale, Tensor):
         if scale.shape != (heads,):
-            raise ValueError(f"scale must be a number or a tensor ({heads},), got shape {tuple(scale.shape)}.")
+            raise ValueError(
+                f"scale must be a number or a tensor ({heads},), got shape {tuple(scale.shape)}."
+            )
         gain, factor = scale.to(_compute_dtype(query)), 1.0
     elif scale is not None:
         factor = float(scale)
@@ -271,7 +272,9 @@ def _problem(
     if bias is not None:
         _check_broadcast("bias", bias, full)
         if not bias.is_floating_point():
-            raise ValueError(f"bias must be floating point, got {bias.dtype}; a mask goes into attention_mask.")
+            raise ValueError(
+                f"bias must be floating point, got {bias.dtype}; a mask goes into attention_mask."
+            )
 
     if sinks is not None:
         given = tuple(sinks.shape)
@@ -281,10 +284,10 @@ def _problem(
                 f"sinks must be ({heads},) or ({batch} or 1, {heads} or 1, {num_queries} or 1, 1), got {given}."
             )
         sinks = sinks[..., 0]
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"sliding_window must be at least 1 or None, got {sliding_window}.")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}.")
+    if sliding_window is not None and not (isinstance(sliding_window, int) and sliding_window >= 1):
+        raise ValueError(f"sliding_window must be an integer ≥ 1 or None, got {sliding_window!r}.")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be a positive finite number or None, got {softcap}.")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
 
@@ -324,13 +327,19 @@ def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(
             f"query, key and value must share one dtype, got {query.dtype}, {key.dtype} and {value.dtype}."
         )
-    if query.shape[0] != key.shape[0] or key.shape[:3] != value.shape[:3] or query.shape[3] != key.shape[3]:
+    if (
+        query.shape[0] != key.shape[0]
+        or key.shape[:3] != value.shape[:3]
+        or query.shape[3] != key.shape[3]
+    ):
         raise ValueError(
             "query (batch, heads, query, dim), key (batch, kv heads, keys, dim) and value (batch, kv heads, keys, "
             f"value dim) do not fit: {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}."
         )
-    if query.shape[1] % key.shape[1] != 0:
-        raise ValueError(f"{query.shape[1]} query heads are not a multiple of {key.shape[1]} key/value heads.")
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1] != 0:
+        raise ValueError(
+            f"{query.shape[1]} query heads are not a multiple of {key.shape[1]} key/value heads."
+        )
 
 
 def _broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
@@ -353,10 +362,18 @@ def _check_ranges(ranges: KeyRanges, batch: int, num_queries: int, num_keys: int
         for tensor in (ranges.start, ranges.end)
     )
     if ranges.keys is not None:
+        fits = fits and ranges.keys.dim() == 2
         fits = fits and ranges.keys.shape[0] in (1, batch) and ranges.keys.shape[1] == num_keys
+    parts = (ranges.start, ranges.end, ranges.keys)
     if not fits:
-        shapes = [None if t is None else tuple(t.shape) for t in dataclasses.astuple(ranges)]
+        shapes = [None if part is None else tuple(part.shape) for part in parts]
         raise ValueError(
-            f"KeyRanges must hold start and end (batch or 1, {num_queries}) and keys (batch or 1, {num_keys}) "
-            f"for batch {batch}, got {shapes}."
+            f"attention_mask: KeyRanges must hold start and end (batch or 1, {num_queries}) and keys (batch or 1, "
+            f"{num_keys}) for batch {batch}, got {shapes}."
+        )
+    integers = all(part.dtype in (torch.int32, torch.int64) for part in (ranges.start, ranges.end))
+    if not integers or (ranges.keys is not None and ranges.keys.dtype != torch.bool):
+        dtypes = [None if part is None else part.dtype for part in parts]
+        raise ValueError(
+            f"attention_mask: KeyRanges must hold start and end as int32 or int64 and keys as bool, got {dtypes}."
         )

@@ -173,14 +173,14 @@ def _backward(
         need_bias=need_bias,
     )
     grad_query, grad_key, grad_value, grad_key_bias, grad_bias = grads
-    # An operator returns tensors only; an unwanted gradient travels as an empty one.
-    nothing = query.new_empty(0)
+    # An operator returns tensors only; an unwanted gradient travels as an empty one. The strides are
+    # those that the fake implementation promises, whatever strides the inputs had.
     return (
-        grad_query,
-        grad_key,
-        grad_value,
-        nothing if grad_key_bias is None else grad_key_bias,
-        query.new_empty(0) if grad_bias is None else grad_bias,
+        grad_query.contiguous(),
+        grad_key.contiguous(),
+        grad_value.contiguous(),
+        query.new_empty(0) if grad_key_bias is None else grad_key_bias.contiguous(),
+        query.new_empty(0) if grad_bias is None else grad_bias.contiguous(),
     )
 
 
@@ -193,17 +193,17 @@ def _backward_fake(
     key: Tensor,
     value: Tensor,
     gain: Tensor | None,
-    key_bias: Tensor | None,
-    bias: Tensor | None,
+    key_bias: Any,
+    bias: Any,
     *arguments: Any,
 ) -> Any:
     need_key_bias, need_bias = arguments[-2:]
-    return (
-        torch.empty_like(query, memory_format=torch.contiguous_format),
-        torch.empty_like(key, memory_format=torch.contiguous_format),
-        torch.empty_like(value, memory_format=torch.contiguous_format),
-        torch.empty_like(key_bias) if need_key_bias else query.new_empty(0),
-        torch.empty_like(bias) if need_bias else query.new_empty(0),
+    wanted = (query, key, value, key_bias if need_key_bias else None, bias if need_bias else None)
+    return tuple(
+        query.new_empty(0)
+        if tensor is None
+        else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor in wanted
     )
 
 
@@ -225,6 +225,9 @@ def _gradients(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ..
         # q_i · dq_i = gain Σ_j (dz_ij/dgain) dL/dz_ij, so no pass over the scores is needed.
         product = (query.to(gain.dtype) * grad_query.to(gain.dtype)).sum(dim=(0, 2, 3))
         grad_gain = product / gain
+        if ctx.options[0] != "exp":
+            # A gain of 0 makes every score 0, where a squared response is flat.
+            grad_gain = torch.where(gain == 0, 0.0, grad_gain)
     if needs[10]:
         delta = (grad_out.to(log_normalizer.dtype) * out.to(log_normalizer.dtype)).sum(dim=-1)
         share = torch.exp(sinks.to(log_normalizer.dtype) - log_normalizer)

@@ -58,8 +58,9 @@ def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
         additive, score = additive + score, torch.zeros_like(score)
 
     # A shift of all log-weights of a row, the sink's included, cancels in the quotient.
-    hidden = additive.masked_fill(~visible, -torch.inf)
-    shift = hidden.detach().amax(dim=-1, keepdim=True)
+    hidden = additive.detach().masked_fill(~visible, -torch.inf)
+    # The extra column gives a row without any key a maximum.
+    shift = torch.nn.functional.pad(hidden, (0, 1), value=-torch.inf).amax(dim=-1, keepdim=True)
     if problem.sinks is not None:
         sinks = problem.sinks.to(dtype)[..., None]
         shift = torch.maximum(shift, sinks.detach())
@@ -72,7 +73,9 @@ def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
         normalizer = normalizer + torch.exp(sinks - shift)
     empty = normalizer < torch.finfo(dtype).tiny
     weight = torch.where(empty, 0.0, weight / torch.where(empty, 1.0, normalizer))
-    log_normalizer = torch.where(empty, -torch.inf, torch.log(normalizer.clamp_min(torch.finfo(dtype).tiny)) + shift)
+    log_normalizer = torch.where(
+        empty, -torch.inf, torch.log(normalizer.clamp_min(torch.finfo(dtype).tiny)) + shift
+    )
 
     if problem.dropout > 0.0:
         assert problem.seed is not None

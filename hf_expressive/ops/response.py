@@ -1,8 +1,8 @@
 """The response g: how a score becomes a weight.
 
-    hill    g(z) = z²ⁿ / (1 + z²ⁿ)     expressive attention (n = power, the Hill exponent)
-    square  g(z) = z² + ε              implicit kernel attention
-    exp     g(z) = exp(z)              softmax attention, for hybrids, the RBF kernel and comparison
+hill    g(z) = z²ⁿ / (1 + z²ⁿ)     expressive attention (n = power, the Hill exponent)
+square  g(z) = z² + ε              implicit kernel attention
+exp     g(z) = exp(z)              softmax attention, for hybrids, the RBF kernel and comparison
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Response:
         return self.kind != "exp"
 
     def limit(self, dtype: torch.dtype) -> float:
-        """The |z| beyond which a Hill response is 1 and its slope 0 to the last bit of `dtype`.
+        """The |z| to which a Hill response clamps its scores, so that neither z² nor z²ⁿ overflows.
 
-        Scores are clamped to it, so that z²ⁿ never overflows: 10^(18/n) in float32, 10^(150/n) in
-        float64.
+        10^(18/n) in float32, 10^(150/n) in float64, where the response is 1 and its slope 0 to the
+        last bit; for n < 1 the power is not divided by n, because z² is taken first.
         """
-        return 10.0 ** ((150.0 if dtype == torch.float64 else 18.0) / self.power)
+        return 10.0 ** ((150.0 if dtype == torch.float64 else 18.0) / max(self.power, 1.0))
 
     def __call__(self, score: Tensor) -> Tensor:
         """g(z), differentiable by autograd. `"exp"` expects a score shifted by its row maximum."""

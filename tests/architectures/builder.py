@@ -106,23 +106,36 @@ class Case:
     model: PreTrainedModel
 
     def inputs(self, padding: Padding = "none", seed: int = 0) -> dict[str, Any]:
+        """Keyword arguments of a forward pass, the same for every call with the same arguments."""
         return make_inputs(self.model, padding, seed, special=INPUTS.get(self.name))
 
-
-def _per_part(name: str, config: PreTrainedConfig, attn_implementation: str) -> str | dict[str, str]:
-    """The choice of attention, with the parts of `KEEP_EAGER` left out."""
-    if name not in KEEP_EAGER:
-        return attn_implementation
-    parts = ["", *(key for key, value in vars(config).items() if isinstance(value, PreTrainedConfig))]
-    return {part: "eager" if part in KEEP_EAGER[name] else attn_implementation for part in parts}
+    @staticmethod
+    def can_pad(inputs: dict[str, Any]) -> bool:
+        """Whether `inputs`, made with padding, really hide tokens."""
+        return "attention_mask" in inputs and not bool(inputs["attention_mask"].all())
 
 
-def build(name: str, attn_implementation: str = "eager", seed: int = 0) -> Case:
-    """Build architecture `name` tiny, on CPU, in float32 and evaluation mode, with weights that depend on `seed` only."""
+def _per_part(config: PreTrainedConfig, choice: str, eager: tuple[str, ...], path: str = "") -> dict[str, Any]:
+    """`choice` for a configuration and its parts, but "eager" for the parts named in `eager`."""
+    chosen: dict[str, Any] = {"": "eager" if path in eager else choice}
+    for name, part in vars(config).items():
+        if isinstance(part, PreTrainedConfig):
+            dotted = f"{path}.{name}" if path else name
+            chosen[name] = _per_part(part, "eager" if dotted in eager else choice, eager, dotted)
+    return chosen
+
+
+def build(name: str, attn_implementation: str = "eager", seed: int = 0, whole: bool = False) -> Case:
+    """Build architecture `name` tiny, on CPU, in float32 and evaluation mode, with weights that depend on `seed` only.
+
+    Parts that cannot take an attention implementation (`KEEP_EAGER`) stay eager, unless `whole`.
+    """
     torch.manual_seed(seed)
     cls = model_class(name)
     config = tiny_config(name)
-    choice = _per_part(name, config, attn_implementation)
+    choice: Any = attn_implementation
+    if name in KEEP_EAGER and not whole:
+        choice = _per_part(config, attn_implementation, KEEP_EAGER[name])
     model = cls._from_config(config, attn_implementation=choice, dtype=torch.float32)
     _randomise(model, seed)
     return Case(name, "", model.eval())

@@ -113,11 +113,13 @@ class Maker:
     def placeholders(self, kind: str, inputs: dict[str, Any]) -> Tensor:
         """As many placeholder tokens for each row as the model's encoder gives features for it: (BATCH, count)."""
         token = find(self.config, *PLACEHOLDERS[kind])
-        name = f"get_{kind}_features"
-        getter = getattr(self.model, name, None) or getattr(self.model.base_model, name, None)
-        if token is None or getter is None:
+        owners = (self.model, self.model.base_model, getattr(self.model, "model", self.model))
+        getters = [getattr(owner, f"get_{kind}_features", None) for owner in owners]
+        signatures = [(getter, inspect.signature(getter).parameters) for getter in getters if getter is not None]
+        if token is None or not signatures:
             return torch.empty(BATCH, 0, dtype=torch.long)
-        accepted = inspect.signature(getter).parameters
+        # A head passes *args and **kwargs on to the model, whose method names what it takes.
+        getter, accepted = max(signatures, key=lambda pair: sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in pair[1].values()))
         with torch.no_grad():
             features = getter(**{key: value for key, value in inputs.items() if key in accepted})
         size = count(features, text_config(self.config).hidden_size)
@@ -143,7 +145,8 @@ def make_inputs(
         if name in maker.names and "input_features" in inputs:
             inputs.setdefault(name, torch.ones(BATCH, inputs["input_features"].shape[-1], dtype=torch.long))
     if "input_ids" in maker.names and "input_ids" not in inputs:
-        parts = [maker.ids(BATCH, 1), maker.ids(BATCH, TEXT - 1)]
+        # Left padding must not hide a placeholder.
+        parts = [maker.ids(BATCH, PADDED), maker.ids(BATCH, TEXT - PADDED)]
         if "pixel_values" in inputs:
             parts.insert(1, maker.placeholders("image", inputs))
         if "pixel_values_videos" in inputs:
@@ -153,8 +156,9 @@ def make_inputs(
         ids = inputs["input_ids"] = torch.cat(parts, dim=1)
         if "bbox" in maker.names:
             inputs["bbox"] = maker.bbox(ids.shape[1])
-        if "mm_token_type_ids" in maker.names:
-            inputs["mm_token_type_ids"] = (ids == find(maker.config, *PLACEHOLDERS["image"])).long()
+        image = find(maker.config, *PLACEHOLDERS["image"])
+        if "mm_token_type_ids" in maker.names and image is not None:
+            inputs["mm_token_type_ids"] = (ids == image).long()
     if "decoder_input_ids" in maker.names and maker.config.is_encoder_decoder:
         inputs.setdefault("decoder_input_ids", maker.ids(BATCH, TARGET))
     if padding != "none" and "input_ids" in inputs and "attention_mask" in maker.names:

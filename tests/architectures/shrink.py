@@ -62,7 +62,7 @@ _RULES: list[tuple[str, Callable[[int], int]]] = [
     (r"(^|_)layers$|^n_layers?$|(^|_)depth$|^num_blocks$|_num_layers$", at_most(2)),
     (r"^depths$|^stage_numb?_|^num_block_repeats$|^blocks_per_stage$", at_most(2)),
     # mixtures of experts
-    (r"^(n_routed|num|num_local|moe_num)_experts$|^zero_expert_num$", at_most(4)),
+    (r"^(n_routed|num|num_local|moe_num)_(local_)?experts$|^zero_expert_num$", at_most(4)),
     (r"experts?_per_tok(en)?$|^moe_k$|^moe_top_?k$|^top_k_experts$", at_most(2)),
     (r"^n_groups?$|^topk_group$|^num_expert_group$", at_most(1)),
     # sparse attention
@@ -74,6 +74,7 @@ _RULES: list[tuple[str, Callable[[int], int]]] = [
     (r"^pos_emb_(height|width)$|^posemb_grid_size$", at_most(8)),
     (r"^num_queries$|^num_query_tokens$|n_latents$|num_latents$|^latent_query_num$", at_most(8)),
     (r"^num_detection_tokens$|^two_stage_num_proposals$|^num_denoising$", at_most(8)),
+    (r"^num_filters$", at_most(16)),
     # part of the input rather than widths
     (r"mel_bins$|_bins$|^num_frames$|^frame_size$|^sampling|^hop_length$|_multiple_of$", same),
     (r"^(num|in|audio)_channels$|kernel|stride|norm|scale|rate$|^mel_dim$", same),
@@ -82,6 +83,8 @@ _RULES: list[tuple[str, Callable[[int], int]]] = [
 ]
 _COMPILED = [(re.compile(pattern), rule) for pattern, rule in _RULES]
 _TOKEN_ID = re.compile(r"token_(id|ids|index)$|_id$")
+# Left to the class where it derives them: they follow from the small widths and head counts.
+_DERIVED_AGAIN = re.compile(r"head_dim|heads|intermediate|attention_hidden|rope|layer|window|global_attention")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "decoder_layers")
 
 
@@ -167,8 +170,10 @@ def shrink(
         default = vars(type(config)())
     except Exception:  # no defaults: then every value counts as given
         default = {}
+    stored = {kept: name for name, kept in type(config).attribute_map.items() if name in fields}
     small: dict[str, Any] = {}
     for name, value in vars(config).items():
+        name = stored.get(name, name)
         if isinstance(value, PreTrainedConfig):
             nested = overrides.pop(name, None)
             small[name] = nested if isinstance(nested, PreTrainedConfig) else shrink(value, nested, token_ids)
@@ -185,9 +190,10 @@ def shrink(
                 small[name] = _map(kept, rule) if rule and "layer" not in name else kept
         elif _TOKEN_ID.search(name):
             small[name] = _map(value, token_ids)
+        elif (rule := _rule(name)) is not None and not (derived and _DERIVED_AGAIN.search(name)):
+            small[name] = _map(value, rule)
         elif not derived:
-            rule = _rule(name)
-            small[name] = _map(value, rule) if rule else value
+            small[name] = value
     if "kv_lora_rank" in small and "num_key_value_heads" in small:  # latent attention has no groups
         small["num_key_value_heads"] = small["num_attention_heads"]
     if vars(config).get("num_key_value_heads", 0) is None:

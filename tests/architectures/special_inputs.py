@@ -3,6 +3,7 @@
 Every function receives the maker and the inputs made by the rules and changes them in place.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,8 @@ def _time_first(*names: str) -> Callable[[Maker, Inputs], None]:
 
     def change(maker: Maker, inputs: Inputs) -> None:
         inputs["input_features"] = maker.normal(BATCH, FRAMES, find(maker.config, *names))
+        if "input_features_mask" in maker.names:
+            inputs["input_features_mask"] = torch.ones(BATCH, FRAMES, dtype=torch.long)
 
     return change
 
@@ -135,20 +138,61 @@ def _qformer(maker: Maker, inputs: Inputs) -> None:
         inputs["input_ids"] = torch.cat([torch.full((BATCH, 4 * 8), 255), maker.ids(BATCH, TEXT)], dim=1)
 
 
+def _flattened_patches(maker: Maker, inputs: Inputs) -> None:
+    place = torch.stack([torch.arange(12) // 4, torch.arange(12) % 4], dim=-1).expand(BATCH, -1, -1)
+    size = maker.config.vision_config.patch_embed_hidden_size
+    inputs["flattened_patches"] = torch.cat([place.float(), maker.normal(BATCH, 12, size)], dim=-1)
+
+
+def _qwen2_audio(maker: Maker, inputs: Inputs) -> None:
+    inputs["feature_attention_mask"] = torch.ones(BATCH, FRAMES, dtype=torch.long)
+    inputs["attention_mask"] = torch.ones(BATCH, TEXT + 16, dtype=torch.long)
+
+
+def _codec(maker: Maker, inputs: Inputs) -> None:
+    inputs["input_values"] = maker.normal(BATCH, 1, 3200)
+    inputs["input_features"] = maker.normal(BATCH, 10, find(maker.config, "feature_projection_input_dim"))
+
+
+def _audio_and_video(maker: Maker, inputs: Inputs) -> None:
+    inputs["input_values"] = maker.normal(BATCH, 1, 4 * 1920)
+    inputs["pixel_values_videos"] = maker.normal(BATCH, 4, 3, 32, 32)
+
+
+def _tracking(maker: Maker, inputs: Inputs) -> None:
+    """A video of two frames with one object, given by a point in the first; the second frame uses the memory."""
+    module = importlib.import_module(type(maker.model).__module__)
+    session_class = getattr(module, type(maker.model).__name__.replace("Model", "InferenceSession"))
+    size = pair(find(maker.config, "image_size"))[0]
+    video = maker.normal(2, 3, size, size)
+    session = session_class(video=video, video_height=size, video_width=size, dtype=torch.float32)
+    index = session.obj_id_to_idx(1)
+    point = {"point_coords": torch.tensor([[[[5.0, 5.0]]]]), "point_labels": torch.ones(1, 1, 1, dtype=torch.int32)}
+    session.add_point_inputs(index, 0, point)
+    session.obj_with_new_inputs = [1]
+    with torch.no_grad():
+        maker.model(inference_session=session, frame_idx=0)
+    inputs |= {"inference_session": session, "frame_idx": 1}
+
+
 INPUTS: dict[str, Callable[[Maker, Inputs], None]] = {
     "audio_spectrogram_transformer": lambda m, x: x.update(input_values=m.normal(BATCH, 64, 32)),
     "blt": lambda m, x: x.update(use_cache=False),
     "canary": _time_first("num_mel_bins"),
-    "clap": lambda m, x: x.update(input_features=m.normal(BATCH, 1, 64, 16)),
+    "clap": lambda m, x: x.update(input_features=m.normal(BATCH, 1, 64, 32)),
     "cohere_asr": _time_first("num_mel_bins"),
     "csm": drop("input_values"),
     "decision_transformer": _decision_transformer,
     "dia": lambda m, x: x.update(decoder_input_ids=m.ids(BATCH, TARGET, 9)),
     "dots3_note": drop("input_features"),
+    "edgetam_video": _tracking,
     "efficientloftr": _images_each(2),
     "embedding_gemma2": drop("pixel_values", "input_features"),
     "emu3": drop("pixel_values"),
-    "fun_asr_nano": lambda m, x: x.update(input_features=m.normal(BATCH, FRAMES, 560)),
+    "fun_asr_nano": lambda m, x: x.update(
+        input_features=m.normal(BATCH, FRAMES, 560), input_features_mask=torch.ones(BATCH, FRAMES, dtype=torch.long)
+    ),
+    "gemma3n": drop("pixel_values", "input_features"),
     "gemma4": drop("pixel_values", "input_features"),
     "gemma4_unified": drop("pixel_values", "input_features"),
     "glm_image": drop("pixel_values", "image_grid_thw"),
@@ -159,8 +203,8 @@ INPUTS: dict[str, Callable[[Maker, Inputs], None]] = {
     "idefics2": _images_each(),
     "idefics3": _images_each(),
     "informer": _time_series,
-    "inkling": drop("pixel_values"),
-    "inkling2": _patches(BATCH * 4, 1, 16, 16, 3),
+    "inkling": _patches(BATCH * 4, 2, 8, 8, 3),
+    "inkling2": _patches(BATCH * 16, 16, 16, 3),
     "instructblip": _qformer,
     "instructblipvideo": _qformer,
     "kimi_k25": _patches(BATCH * 16, 3, 8, 8),
@@ -168,31 +212,46 @@ INPUTS: dict[str, Callable[[Maker, Inputs], None]] = {
     "kyutai_speech_to_text": _codebooks(lambda config: config.num_codebooks + 1),
     "lasr": _time_first("num_mel_bins"),
     "lightglue": _images_each(2),
-    "mimi": lambda m, x: x.update(input_values=m.normal(BATCH, 1, 7680)),
+    "maskformer": lambda m, x: x.update(pixel_values=m.normal(BATCH, 3, 96, 96)),
+    "mimi": lambda m, x: x.update(input_values=m.normal(BATCH, 1, 4 * 1920)),
+    "mistral_large4": lambda m, x: x.update(image_sizes=torch.tensor([[32, 32]] * BATCH)),
     "mllama": _mllama,
     "moss_transcribe_diarize": lambda m, x: x.update(padding_mask=torch.ones(BATCH, 10000, dtype=torch.long)),
     "muse_glimmer_assistant": lambda m, x: x.update(
-        noise_embeds=m.normal(BATCH, 4, 64), context_hidden_states=m.normal(BATCH, 6, 64 * 5)
+        noise_embeds=m.normal(BATCH, 4, 64), context_hidden_states=m.normal(BATCH, 6, 64 * 2)
     ),
+    "muse_spark": drop("input_values"),
     "musicgen": lambda m, x: x.update(decoder_input_ids=m.ids(BATCH * 4, TARGET)),
     "musicgen_melody": lambda m, x: x.update(
         decoder_input_ids=m.ids(BATCH * 4, TARGET), input_features=m.normal(BATCH, 8, 12)
     ),
-    "nemotron3_5_transcribe": _time_first("num_mel_bins"),
+    "nemotron3_5_transcribe": lambda m, x: x.update(
+        input_features=m.normal(BATCH, FRAMES, 128), input_features_mask=torch.ones(BATCH, FRAMES, dtype=torch.long)
+    ),
     "nemotron3_diarization": _time_first("num_mel_bins"),
     "nemotron_asr_streaming": _time_first("num_mel_bins"),
-    "neucodec": _time_first("feature_projection_input_dim"),
-    "paddleocr_vl": _patches(1, BATCH * 16, 3, 8, 8),
+    "neomme": _patches(BATCH * 4, 192),
+    "neucodec": _codec,
+    "paddleocr_vl": _patches(BATCH * 16, 3, 8, 8),
     "parakeet": _time_first("num_mel_bins"),
     "patchtsmixer": _patched_series,
     "patchtst": _patched_series,
     "pe_audio": lambda m, x: x.update(input_values=m.normal(BATCH, 1, 4 * 1920)),
-    "pix2struct": lambda m, x: x.update(flattened_patches=m.normal(BATCH, 12, 66)),
+    "pe_audio_video": _audio_and_video,
+    "pe_video": _video(lambda config: 4),
+    "pix2struct": _flattened_patches,
     "pocket_tts_audio_tokenizer": lambda m, x: x.update(input_values=m.normal(BATCH, 1, 7680)),
     "pop2piano": lambda m, x: x.update(input_features=m.normal(BATCH, 8, 64), input_ids=None),
+    "pp_doclayout_v3": lambda m, x: x.update(pixel_values=m.normal(BATCH, 3, 128, 128)),
     "pp_ocrv5_mobile_rec": lambda m, x: x.update(pixel_values=m.normal(BATCH, 3, 48, 64)),
     "pp_ocrv5_server_rec": lambda m, x: x.update(pixel_values=m.normal(BATCH, 3, 48, 64)),
     "pp_ocrv6_small_rec": lambda m, x: x.update(pixel_values=m.normal(BATCH, 3, 48, 64)),
+    "qwen2_audio": _qwen2_audio,
+    "qwen3_asr": lambda m, x: x.update(input_features=m.normal(BATCH, 128, 100)),
+    "sam2_video": _tracking,
+    "sam3_tracker_video": _tracking,
+    "seamless_m4t": _time_first("feature_projection_input_dim"),
+    "seamless_m4t_v2": _time_first("feature_projection_input_dim"),
     "siglip2": _siglip2,
     "smolvlm": _images_each(),
     "speech_to_text": _time_first("input_feat_per_channel"),
@@ -208,5 +267,5 @@ INPUTS: dict[str, Callable[[Maker, Inputs], None]] = {
     "voxtral_realtime": lambda m, x: x.update(input_ids=m.ids(BATCH, 8)),
     "wav2vec2_bert": _time_first("feature_projection_input_dim"),
     "x_clip": _video(lambda config: config.num_frames, "pixel_values"),
-    "xcodec2": _time_first("feature_projection_input_dim"),
+    "xcodec2": _codec,
 }

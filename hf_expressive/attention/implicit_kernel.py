@@ -1,0 +1,277 @@
+"""Implicit kernel attention in an attention module: densities, magnitudes, conditioning, the call.
+
+Cost beside softmax attention: the features of the keys. A cache stores keys, not features, so a
+decoding step computes the features of all cached keys again.
+
+Weight decay pulls frequencies, noise and exponents towards 0, which is the constant kernel (p = 2 for
+exponents), not a neutral choice: leave the parameters whose name contains `.mechanism.` out of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ..config import ImplicitKernelConfig, MechanismConfig
+from ..discovery import AttentionModule, attention_modules, head_dim, num_heads, num_key_value_heads
+from ..ops import KeyRanges
+from ..ops.implicit_kernel import in_unit_lengths, kernel_features, log_magnitude
+from ..ops.problem import HIDDEN
+from ..ops.response import Response
+from .base import AttentionCall, Mechanism
+from .spectral_density import GeneratedFrequencies, LearnedFrequencies
+
+
+class SpectralKernel(nn.Module):
+    """Everything that implicit kernel attention learns in one layer; a module that PEFT can save.
+
+    Parameters: `log_exponent`, (key/value heads,), with p = 1 + exp(log_exponent), if p is learned;
+    `density`, see `spectral_density`, unless the kernel is the RBF one.
+
+    Args:
+        options: the options.
+        heads: key/value heads.
+        dim: size of a head.
+        conditional: whether the noise depends on the mean query and key.
+        layer: index of the layer.
+    """
+
+    def __init__(
+        self, options: ImplicitKernelConfig, heads: int, dim: int, *, conditional: bool, layer: int
+    ) -> None:
+        super().__init__()
+        self.options = options
+        self.heads = heads
+        self.dim = dim
+        self.conditional = conditional
+        if options.p == "learned":
+            self.log_exponent = nn.Parameter(torch.empty(heads))
+        self.density: LearnedFrequencies | GeneratedFrequencies | None = None
+        if options.generates_frequencies:
+            self.density = GeneratedFrequencies(
+                options, heads, dim, conditional=conditional, layer=layer
+            )
+        elif options.kernel != "rbf":
+            self.density = LearnedFrequencies(options, heads, dim)
+
+    def forward(self, call: AttentionCall) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(frequencies, log-magnitudes of the keys, regulariser), `None` where there is none.
+
+        Frequencies: (key/value heads, S, dim, M), or with the batch in front.
+        Log-magnitudes: (batch, key/value heads, keys).
+
+        Raises:
+            ValueError: a call that does not fit the parameters, or that cannot be conditioned.
+        """
+        given = (call.key.shape[1], call.key.shape[3])
+        if self.options.needs_parameters and given != (self.heads, self.dim):
+            raise ValueError(
+                f"the kernel has parameters for {self.heads} key/value heads of size {self.dim}, but "
+                f"was called with {given[0]} of size {given[1]}."
+            )
+        frequencies = regularizer = None
+        with torch.autocast(call.key.device.type, enabled=False):
+            if self.density is not None:
+                condition = mean_query_and_key(call) if self.conditional else None
+                frequencies, regularizer = self.density(condition)
+            return frequencies, self._key_bias(call), regularizer
+
+    def _key_bias(self, call: AttentionCall) -> Tensor | None:
+        options, scaling = self.options, call.scaling
+        dropout = options.norm_dropout if self.training else 0.0
+        is_rbf = options.kernel == "rbf"
+        if is_rbf and options.p == 2.0 and not options.authors_code and dropout == 0.0:
+            return None
+        exponent: float | Tensor
+        if options.p == "learned":
+            # 1 + exp(0) is exactly 2 in every dtype that the parameter may be cast to.
+            exponent = 1.0 + self.log_exponent.float().exp()
+        else:
+            exponent = options.p
+        # 2√d in the paper; the published code has 2·d^¼.
+        factor = call.key.shape[-1] ** 0.25 if options.authors_code else 1.0
+        key_bias = log_magnitude(call.key, exponent, scaling * factor)
+        if dropout > 0.0:
+            key_bias = nn.functional.dropout(key_bias, dropout)
+        return key_bias - log_magnitude(call.key, 2.0, scaling) if is_rbf else key_bias
+
+    def reset_parameters(self) -> None:
+        if self.options.p == "learned":
+            init.zeros_(self.log_exponent)
+        if self.density is not None:
+            self.density.reset_parameters()
+
+
+class ImplicitKernelAttention(Mechanism):
+    """Weights (k(q, k)² + ε) · exp(‖k‖_p²/(2√d)), row-normalised, k the kernel of a learned density.
+
+    The module's `scaling` stands for the paper's 1/√d; where it differs from d^-½, queries and keys
+    are first brought to the lengths they would have there (see `implicit_kernel_attention`). One
+    kernel a key/value head: the query heads of a group share it, and the features of a key are
+    computed once. The query's magnitude is common to its row and cancels.
+
+    Magnitude dropout takes the magnitude of a key from all queries of its head at once; for the RBF
+    kernel, too, it is the magnitude ‖k‖_p², not the kernel, that is dropped.
+
+    `regularizer`: that of the latest forward pass, a scalar, for `auxiliary_loss`; `None` before the
+    first and for kernels without noise.
+
+    Args:
+        options, layer, heads, kv_heads: see `Mechanism`.
+        head_dim: size of a head's queries and keys, `None` where unknown.
+        encoder: whether the attention module is the self-attention of an encoder.
+
+    Raises:
+        ValueError: parameters that an architecture's sizes are not known for; a copula of one head.
+    """
+
+    def __init__(
+        self,
+        options: MechanismConfig,
+        *,
+        layer: int,
+        heads: int | None,
+        kv_heads: int | None,
+        head_dim: int | None = None,
+        encoder: bool = False,
+    ) -> None:
+        super().__init__(options, layer=layer, heads=heads, kv_heads=kv_heads)
+        self.options = options = cast(ImplicitKernelConfig, options)
+        self.regularizer: Tensor | None = None
+        self.kernel: SpectralKernel | None = None
+        learned = options.needs_parameters
+        if learned and (heads is None or kv_heads is None or head_dim is None):
+            raise ValueError(
+                f"kernel={options.kernel!r}, p={options.p!r} need the number of heads and their size, "
+                "and this architecture's attention module does not tell them; use kernel='rbf' with a "
+                "number for p."
+            )
+        # Parameters of heads that stay softmax would never receive a gradient.
+        ours = 0 if self.softmax_layer else 1
+        if heads is not None and kv_heads is not None:
+            ours *= kv_heads - self.softmax_heads * kv_heads // heads
+        if ours == 0:
+            return
+        if options.kernel == "copula" and ours == 1:
+            raise ValueError(
+                "kernel='copula' couples key/value heads, and there is only one; use "
+                "kernel='implicit', which is the same for one head."
+            )
+        conditional = options.generates_frequencies and (
+            options.condition == "mean" or (options.condition == "auto" and encoder)
+        )
+        self.kernel = SpectralKernel(
+            options, ours, head_dim or 0, conditional=conditional, layer=layer
+        )
+
+    @classmethod
+    def of(cls, options: MechanismConfig, found: AttentionModule) -> Self:
+        return cls(
+            options,
+            layer=found.layer,
+            heads=num_heads(found.module),
+            kv_heads=num_key_value_heads(found.module),
+            head_dim=head_dim(found.module),
+            encoder=is_encoder_self_attention(found),
+        )
+
+    def evaluate(self, call: AttentionCall, heads: slice) -> tuple[Tensor, Tensor | None]:
+        assert self.kernel is not None
+        frequencies, key_bias, self.regularizer = self.kernel(call)
+        if frequencies is None:
+            return call.attend(Response("exp"), call.scaling, key_bias)
+        if call.softcap is not None:
+            raise ValueError(
+                f"kernel={self.options.kernel!r} has no logit that softcap={call.softcap} could cap "
+                "(its values lie between −1 and 1); use kernel='rbf', or set the model's attention "
+                "soft-capping to None in its config."
+            )
+        query, key = kernel_features(call.query, call.key, frequencies, call.scaling)
+        response = Response("square", epsilon=self.options.epsilon)
+        return dataclasses.replace(call, query=query, key=key).attend(response, 1.0, key_bias)
+
+    def reset_parameters(self) -> None:
+        if self.kernel is not None:
+            self.kernel.reset_parameters()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A tensor with a graph can be neither copied nor pickled.
+        return {**self.__dict__, "regularizer": None}
+
+
+_NOT_SELF = re.compile(r"cross|enc_?dec|encoder_?(attn|attention)", re.IGNORECASE)
+
+
+def is_encoder_self_attention(found: AttentionModule) -> bool:
+    """Whether an attention module may look at the whole sequence: only where nothing speaks against it.
+
+    Its model says of no attention module that it is causal or belongs to a decoder, it says itself
+    that it is not causal, and neither its name nor its class speaks of cross-attention.
+    """
+    if getattr(found.module, "is_causal", None) is not False:
+        return False
+    if getattr(found.module, "is_cross_attention", False):
+        return False
+    if _NOT_SELF.search(found.name) or _NOT_SELF.search(type(found.module).__name__):
+        return False
+    siblings = [other.module for other in attention_modules(found.owner)]
+    return not any(
+        getattr(module, "is_causal", None) is True or getattr(module, "is_decoder", None) is True
+        for module in siblings
+    )
+
+
+def mean_query_and_key(call: AttentionCall) -> Tensor:
+    """Mean query and key of each key/value head over the visible positions, (batch, K, 2 · dim).
+
+    In lengths of a module with scaling d^-½; a group's queries are averaged, too.
+
+    Raises:
+        ValueError: queries that see different keys, so that the mean would show them what the mask
+            hides. (Not checked under `torch.compile`, where values cannot be looked at.)
+    """
+    kv_heads = call.key.shape[1]
+    query = in_unit_lengths(call.query, call.scaling).unflatten(1, (kv_heads, -1)).mean(dim=2)
+    key = in_unit_lengths(call.key, call.scaling)
+    visible = _common_keys(call)
+    if visible is None:
+        return torch.cat([query.mean(dim=2), key.mean(dim=2)], dim=-1)
+    weight = visible[:, None, :, None].to(key.dtype)
+    count = weight.sum(dim=2).clamp_min(1.0)
+    means = [(x * weight).sum(dim=2) / count for x in (query, key)]
+    return torch.cat(means, dim=-1)
+
+
+def _common_keys(call: AttentionCall) -> Tensor | None:
+    """The keys that all queries of a batch item see, bool (batch or 1, keys); `None`: every key."""
+    mask, num_keys = call.attention_mask, call.key.shape[2]
+    differ = call.is_causal or call.sliding_window is not None or call.query.shape[2] != num_keys
+    visible: Tensor | None = None
+    unequal = []
+    if isinstance(mask, KeyRanges):
+        unequal += [mask.start != mask.start[:, :1], mask.end != mask.end[:, :1]]
+        index = torch.arange(num_keys, device=call.key.device)
+        visible = (index >= mask.start[:, :1]) & (index < mask.end[:, :1])
+        visible = visible if mask.keys is None else visible & mask.keys
+    elif mask is not None or call.bias is not None:
+        for tensor in (mask, call.bias):
+            if tensor is not None:
+                seen = tensor > HIDDEN if tensor.is_floating_point() else tensor != 0
+                unequal.append(seen != seen[:, :1, :1])
+                seen = seen[:, 0, 0].expand(-1, num_keys)
+                visible = seen if visible is None else visible & seen
+    if not differ and not torch.compiler.is_compiling():
+        differ = any(bool(part.any()) for part in unequal)
+    if differ:
+        raise ValueError(
+            "condition='mean' makes every position depend on all of its sequence, but here the "
+            "queries do not all see the same keys (a causal, windowed or packed mask, "
+            "cross-attention, or a cache); use condition='constant'."
+        )
+    return visible

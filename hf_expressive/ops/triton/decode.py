@@ -1,0 +1,211 @@
+"""Decoding: few queries against many keys, the keys of one head split over several programs.
+
+The query heads that share a key/value head are packed into the rows of one tile, so every key is read
+once. Each split leaves an unnormalised sum; a second kernel adds them up. The number of splits follows
+from shapes alone, the keys that a split takes from the bounds on the device: no host synchronisation,
+and a static cache costs no more than what it holds.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..problem import AttentionProblem
+from .launch import COMPILED, Call, tile_shape
+from .tiled_forward import absorb, finish, row_start
+from .tiles import finite, head_factor, is_kept, matmul, row_bounds, row_hash, row_place, weigh
+
+_MAX_SPLITS = 128
+_INTERPRETED_PROGRAMS = 6
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+def split_kernel(
+    query,
+    key_tiles,
+    value_tiles,
+    sums,
+    totals,
+    tops,
+    rule,
+    terms,
+    scale,
+    heads,
+    group,
+    num_queries,
+    num_keys,
+    query_batch,
+    query_head,
+    query_length,
+    query_size,
+    KEY_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    key_heads = heads // group
+    batch = tl.program_id(0) // key_heads
+    key_head = tl.program_id(0) % key_heads
+    split = tl.program_id(1)
+    # Rows past the last repeat it; they are never written.
+    packed = tl.arange(0, BLOCK_M)
+    written = packed < group * num_queries
+    packed = tl.minimum(packed, group * num_queries - 1)
+    head = key_head * group + packed // num_queries
+    index = packed % num_queries
+    flat_head = batch * heads + head
+    column = index[:, None]
+
+    factor = head_factor(terms, scale, head[:, None])
+    inverse = 1.0
+    if rule.folded:
+        inverse = 1.0 / (factor * factor)
+    start, end = row_bounds(terms, batch, index, num_queries, num_keys)
+    first = tl.min(tl.where(start < end, start, num_keys), 0)
+    last = tl.max(tl.where(start < end, end, 0), 0)
+    inner_start = tl.max(start, 0)
+    inner_end = tl.min(end, 0)
+    share = tl.cdiv(tl.maximum(last - first, 0), tl.num_programs(1))
+    share = tl.cdiv(share, BLOCK_N) * BLOCK_N
+    first = first + split * share
+    last = tl.minimum(last, first + share)
+
+    size = tl.arange(0, BLOCK_D)
+    place = row_place(batch, head, index, query_batch, query_head, query_length)
+    query_tile = tl.load(
+        query + place[:, None] + (size * query_size)[None, :],
+        mask=(size < KEY_SIZE)[None, :],
+        other=0.0,
+    )
+    accumulator = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    total, top = row_start(rule, BLOCK_M)
+    for offset in tl.range(first, last, BLOCK_N):
+        key_tile = key_tiles.load([batch, key_head, offset, 0]).reshape(BLOCK_N, BLOCK_D)
+        score = matmul(query_tile, key_tile.T, rule)
+        key = (offset + tl.arange(0, BLOCK_N))[None, :]
+        partial = (offset < inner_start) | (offset + BLOCK_N > inner_end) | rule.masked
+        weight, accumulator, total, top = absorb(
+            rule, terms, score, accumulator, total, top, factor, inverse, batch, head[:, None],
+            tl.program_id(0), column, key, num_queries, num_keys, partial,
+        )  # fmt: skip
+        if rule.threshold > 0:
+            hashed = row_hash(terms, flat_head[:, None], column)
+            weight = tl.where(is_kept(hashed, key, rule), weight, 0.0)
+        value_tile = value_tiles.load([batch, key_head, offset, 0]).reshape(BLOCK_N, BLOCK_E)
+        accumulator = weigh(accumulator, weight, value_tile, rule)
+
+    # (splits, B, H, Q, E); a split without keys writes its zero total only.
+    rows = (tl.num_programs(0) * group).to(tl.int64) * num_queries
+    row = split * rows + flat_head.to(tl.int64) * num_queries + index
+    tl.store(totals + row, total, mask=written)
+    tl.store(tops + row, top, mask=written)
+    size = tl.arange(0, BLOCK_E)
+    inside = (written & (total > 0.0))[:, None] & (size < VALUE_SIZE)[None, :]
+    tl.store(sums + row[:, None] * VALUE_SIZE + size[None, :], accumulator, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_queries", "splits"])
+def combine_kernel(
+    sums,
+    totals,
+    tops,
+    out,
+    log_normalizer,
+    rule,
+    terms,
+    heads,
+    num_queries,
+    splits,
+    VALUE_SIZE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """One program a row (batch, head, query)."""
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.program_id(0) % num_queries
+    flat_head = tl.program_id(0) // num_queries
+    split = tl.arange(0, BLOCK_S)
+    place = split * tl.num_programs(0).to(tl.int64) + row
+    total = tl.load(totals + place, mask=split < splits, other=0.0)
+    level = tl.load(tops + place, mask=split < splits, other=float("-inf"))
+    used = total > 0.0
+    top = tl.max(tl.where(used, level, float("-inf")), 0)
+    shrink = tl.where(used, tl.exp2(level - finite(top)), 0.0)
+    size = tl.arange(0, BLOCK_E)
+    inside = used[:, None] & (size < VALUE_SIZE)[None, :]
+    part = tl.load(sums + place[:, None] * VALUE_SIZE + size[None, :], mask=inside, other=0.0)
+    accumulator = tl.sum(part * shrink[:, None], 0)
+    normalise, log_total = finish(
+        terms, flat_head // heads, flat_head % heads, index, tl.sum(total * shrink, 0), top, num_queries
+    )
+    accumulator = accumulator * (normalise * (terms.keep_scale / rule.lift))
+    tl.store(
+        out + row * VALUE_SIZE + size, accumulator.to(out.dtype.element_ty), mask=size < VALUE_SIZE
+    )
+    tl.store(log_normalizer + row, log_total)
+
+
+def num_splits(call: Call, block_n: int) -> int:
+    """Splits a head: enough programs to fill the device twice, at least two tiles of keys each."""
+    programs = _INTERPRETED_PROGRAMS
+    if COMPILED:
+        device = torch.cuda.get_device_properties(call.problem.query.device)
+        programs = 2 * device.multi_processor_count
+    wanted = triton.cdiv(programs, call.batch * call.key_heads)
+    return max(1, min(wanted, triton.cdiv(call.num_keys, 2 * block_n), _MAX_SPLITS))
+
+
+def decode(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """`ops.triton.forward` for few queries."""
+    call = Call(problem)
+    shape = tile_shape("decode", call)
+    splits = num_splits(call, shape.block_n)
+    rows = (splits, call.batch, call.heads, call.num_queries)
+    device = problem.query.device
+    sums = torch.empty(*rows, call.value_size, dtype=torch.float32, device=device)
+    totals = torch.empty(rows, dtype=torch.float32, device=device)
+    tops = torch.empty_like(totals)
+    split_kernel[(call.batch * call.key_heads, splits)](
+        problem.query,
+        call.tiles(problem.key, shape.block_n),
+        call.tiles(problem.value, shape.block_n),
+        sums,
+        totals,
+        tops,
+        call.rule,
+        call.terms,
+        problem.scale,
+        call.heads,
+        problem.group,
+        call.num_queries,
+        call.num_keys,
+        *problem.query.stride(),
+        KEY_SIZE=call.key_size,
+        VALUE_SIZE=call.value_size,
+        BLOCK_D=call.block_d,
+        BLOCK_E=call.block_e,
+        **shape.options,
+    )
+    out = call.new(call.heads, call.num_queries, call.value_size, dtype=problem.query.dtype)
+    log_normalizer = call.new(call.heads, call.num_queries, dtype=torch.float32)
+    combine_kernel[(call.batch * call.heads * call.num_queries,)](
+        sums,
+        totals,
+        tops,
+        out,
+        log_normalizer,
+        call.rule,
+        call.terms,
+        call.heads,
+        call.num_queries,
+        splits,
+        VALUE_SIZE=call.value_size,
+        BLOCK_S=triton.next_power_of_2(splits),
+        BLOCK_E=call.block_e,
+    )
+    return out, log_normalizer

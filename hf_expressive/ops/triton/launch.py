@@ -1,0 +1,213 @@
+"""From an `AttentionProblem` to kernel arguments: descriptors, terms, compile-time constants, tile shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..dropout import threshold
+from ..problem import AttentionProblem
+from .tiles import EXP, HILL, SQUARE, Rule, Terms, mix
+
+#: Whether kernels are compiled (and may hold inline assembly), not interpreted.
+COMPILED = isinstance(mix, JITFunction)
+
+_KINDS = {"hill": HILL.value, "square": SQUARE.value, "exp": EXP.value}
+_ALIGNMENT = 16  # bytes; what the bulk copies of tile descriptors ask of addresses and strides
+
+
+@dataclass(frozen=True, slots=True)
+class TileShape:
+    """Rows and keys of a tile, warps of a program, loads in flight."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+# Chosen by measurement on one H200 (bf16, causal, 4096 queries; recipes/benchmark.py); key: the larger
+# head size rounded up to a power of two. 227 KiB of shared memory.
+_LARGE = {
+    "forward": {
+        64: TileShape(128, 64, 8, 3),
+        128: TileShape(128, 64, 4, 2),
+        256: TileShape(128, 64, 8, 2),
+    },
+    "backward_key": {
+        64: TileShape(64, 64, 4, 3),
+        128: TileShape(64, 128, 8, 3),
+        256: TileShape(64, 64, 8, 1),
+    },
+    "backward_query": {
+        64: TileShape(128, 64, 8, 3),
+        128: TileShape(128, 64, 8, 3),
+        256: TileShape(64, 64, 8, 1),
+    },
+    "backward_bias": {64: TileShape(64, 64, 4, 2), 128: TileShape(64, 64, 4, 2), 256: TileShape(64, 32, 4, 1)},
+    "decode": {64: TileShape(16, 128, 4, 3), 128: TileShape(16, 64, 4, 3), 256: TileShape(16, 32, 4, 3)},
+}
+# Wherever less shared memory or a wider dtype leaves no room for the shapes above.
+_SMALL = {64: TileShape(64, 32, 4, 2), 128: TileShape(32, 32, 4, 2), 256: TileShape(16, 32, 4, 1)}
+# The interpreter runs one program at a time: large tiles are fastest, these still make several of them.
+_INTERPRETED = TileShape(32, 32, 4, 1)
+
+
+def tile_shape(kernel: str, call: Call) -> TileShape:
+    """The tile shape of a kernel for a call's head sizes, dtype and device."""
+    size = max(64, call.block_d, call.block_e)
+    if kernel == "decode":
+        rows = max(16, triton.next_power_of_2(call.problem.group * call.num_queries))
+        shape = _LARGE["decode"][size] if COMPILED else _INTERPRETED
+        return TileShape(rows, shape.block_n, shape.num_warps, shape.num_stages)
+    if not COMPILED:
+        return _INTERPRETED
+    shared = torch.cuda.get_device_properties(call.problem.query.device).shared_memory_per_block_optin
+    if shared < 220 * 1024 or call.problem.query.dtype == torch.float32 or call.wide:
+        return _SMALL[size]
+    return _LARGE[kernel][size]
+
+
+def _strides(tensor: Tensor | None, count: int) -> list[int]:
+    """The first strides of a tensor, 0 for a dimension that broadcasts."""
+    if tensor is None:
+        return [0] * count
+    return [0 if tensor.shape[d] == 1 else tensor.stride(d) for d in range(count)]
+
+
+def _contiguous_float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
+class Call:
+    """One attention call as the kernels see it."""
+
+    def __init__(self, problem: AttentionProblem) -> None:
+        self.problem = problem
+        self.batch, self.heads, self.num_queries, self.key_size = problem.query.shape
+        self.key_heads, self.num_keys, self.value_size = problem.value.shape[1:]
+        self.block_d = max(16, triton.next_power_of_2(self.key_size))
+        self.block_e = max(16, triton.next_power_of_2(self.value_size))
+
+    def new(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised contiguous tensor (B, *shape) on the device of the query."""
+        return torch.empty(self.batch, *shape, dtype=dtype, device=self.problem.query.device)
+
+    def tiles(self, tensor: Tensor, rows: int) -> TensorDescriptor:
+        """Descriptor of tiles (rows, size rounded up to a power of two) of a (B, heads, length, size) tensor.
+
+        Loads outside the tensor are zero. A tensor whose strides or address a descriptor cannot
+        express is copied.
+        """
+        unit = _ALIGNMENT // tensor.element_size()
+        strides = [
+            stride if size > 1 else unit for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+        ]
+        aligned = tensor.data_ptr() % _ALIGNMENT == 0
+        if not aligned or tensor.stride(-1) != 1 or any(stride % unit or stride == 0 for stride in strides):
+            *lead, size = tensor.shape
+            padded = tensor.new_empty(*lead, triton.cdiv(size, unit) * unit)
+            padded[..., :size] = tensor
+            strides = list(padded.stride()[:-1])
+            tensor = padded[..., :size]
+        block = max(16, triton.next_power_of_2(tensor.shape[-1]))
+        return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, block])
+
+    @cached_property
+    def terms(self) -> Terms:
+        """What the problem adds to scores and weights."""
+        problem, ranges = self.problem, self.problem.ranges
+        mask = None if problem.mask is None else problem.mask.view(torch.uint8)
+        start = end = keys = None
+        if ranges is not None:
+            start, end = ranges.start.to(torch.int32).contiguous(), ranges.end.to(torch.int32).contiguous()
+            keys = None if ranges.keys is None else ranges.keys.contiguous().view(torch.uint8)
+        return Terms(
+            _contiguous_float(problem.gain),
+            _contiguous_float(problem.key_bias),
+            problem.bias,
+            *_strides(problem.bias, 4),
+            mask,
+            *_strides(mask, 4),
+            problem.sinks,
+            *_strides(problem.sinks, 3),
+            start,
+            end,
+            *_strides(start, 1),
+            keys,
+            *_strides(keys, 1),
+            left=problem.sliding_window,
+            right=1 if problem.is_causal else problem.sliding_window,
+            cap=problem.softcap,
+            seed=problem.seed if problem.dropout > 0.0 else None,
+            keep_scale=1.0 / (1.0 - problem.dropout) if problem.dropout < 1.0 else 0.0,
+        )
+
+    @property
+    def shifted(self) -> bool:
+        """Whether rows carry a running maximum of their additive log-weights."""
+        problem = self.problem
+        return problem.response.kind != "hill" or problem.key_bias is not None or problem.bias is not None
+
+    @property
+    def plain(self) -> bool:
+        """Whether tiles take the short path: Hill response of power 1 of a bare product."""
+        return (
+            not self.shifted
+            and self.problem.response.kind == "hill"
+            and self.problem.response.power == 1.0
+            and self.problem.softcap is None
+        )
+
+    @property
+    def wide(self) -> bool:
+        """Whether weights outgrow float16 (z² is unbounded), so that they meet the values in tf32."""
+        return self.problem.query.dtype == torch.float16 and self.problem.response.kind == "square"
+
+    @cached_property
+    def rule(self) -> Rule:
+        """The compile-time choices."""
+        problem, response = self.problem, self.problem.response
+        hill = response.kind == "hill"
+        half = problem.query.dtype == torch.float16
+        choices = {
+            "kind": _KINDS[response.kind],
+            "power": float(response.power),
+            "epsilon": float(response.epsilon),
+            "limit": response.limit(torch.float32),
+            "threshold": threshold(problem.dropout),
+            "plain": self.plain,
+            # Extreme scales would overflow, a learned one may become extreme, and gradients without
+            # the scale sink below the range of float16.
+            "folded": self.plain
+            and not half
+            and problem.gain is None
+            and 1e-4 <= abs(problem.scale) <= 1e4,
+            "shifted": self.shifted,
+            "keyed": self.shifted and response.kind != "exp" and problem.bias is None,
+            "masked": problem.mask is not None
+            or (problem.ranges is not None and problem.ranges.keys is not None),
+            "lift": 2.0**14 if half and hill else 1.0,
+            "wide": self.wide,
+            "precision": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            "fast": COMPILED and torch.version.hip is None,
+            "interpreted": not COMPILED,
+        }
+        return Rule(**{name: tl.constexpr(value) for name, value in choices.items()})

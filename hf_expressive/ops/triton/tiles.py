@@ -1,0 +1,365 @@
+"""Pieces of a score tile that every kernel shares: bounds, visibility, log-weights, responses, dropout.
+
+A tile is indexed by a row index (queries) and a key index that broadcast against each other, so the
+same functions serve tiles of shape (queries, keys) and the transposed ones of the backward pass.
+
+Letters: B batch, H query heads, K key/value heads (H = K · group), Q queries, N keys,
+D query/key size, E value size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..dropout import COLUMN_FACTOR, MIX_FACTOR_1, MIX_FACTOR_2
+from ..problem import HIDDEN
+
+HILL = tl.constexpr(0)
+SQUARE = tl.constexpr(1)
+EXP = tl.constexpr(2)
+
+_HIDDEN = tl.constexpr(HIDDEN)
+_COLUMN_FACTOR = tl.constexpr(COLUMN_FACTOR)
+_MIX_FACTOR_1 = tl.constexpr(MIX_FACTOR_1)
+_MIX_FACTOR_2 = tl.constexpr(MIX_FACTOR_2)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+_TANH_RATE = tl.constexpr(-2.0 * 1.4426950408889634)
+# Below the smallest normal number a row sum counts as zero, as in the reference.
+TINY = tl.constexpr(1.1754943508222875e-38)
+
+
+class Rule(NamedTuple):
+    """The compile-time choices of a launch; every field is a `tl.constexpr`.
+
+    Args:
+        kind: `HILL`, `SQUARE` or `EXP`; power, epsilon, limit: see `response.Response`.
+        threshold: dropout threshold of the 32-bit hash, 0 without dropout.
+        plain: Hill response of power 1 of a bare product: no softcap, no additive log-weight.
+        folded: with `plain`, scale² sits in the constant of s² / (s² + 1/scale²), not in the score.
+        shifted: weights carry an additive log-weight, so that rows need its running maximum.
+        keyed: with `shifted`, that log-weight depends on the key alone.
+        masked: visibility does not follow from the bounds of the rows alone.
+        lift: power of two that keeps small weights out of the subnormal range of float16.
+        wide: weights outgrow float16 and meet the values in tf32.
+        precision: of float32 products, "ieee" or "tf32".
+        fast: approximate reciprocal in inline assembly (relative error below 2⁻²³).
+        interpreted: the kernel runs in Triton's interpreter.
+    """
+
+    kind: Any
+    power: Any
+    epsilon: Any
+    limit: Any
+    threshold: Any
+    plain: Any
+    folded: Any
+    shifted: Any
+    keyed: Any
+    masked: Any
+    lift: Any
+    wide: Any
+    precision: Any
+    fast: Any
+    interpreted: Any
+
+
+class Terms(NamedTuple):
+    """What a problem adds to scores and weights; an absent part is `None`, at compile time.
+
+    Strides are in elements, 0 where a tensor broadcasts. `left` and `right` bound the keys around the
+    diagonal d_i = i + N − Q: query i sees d_i − left < j < d_i + right. Flat, because Triton loses
+    constants in nested tuples.
+
+    Args:
+        gain: (H,). key_bias: (B, K, N), contiguous.
+        bias, mask: over (B, H, Q, N), each with four strides. sinks: over (B, H, Q), with three.
+        start, end: of `KeyRanges`, (B or 1, Q), with the batch stride; keys: (B or 1, N), likewise.
+        cap: of the score.
+        seed: of the dropout; keep_scale: 1 / (1 − probability).
+    """
+
+    gain: Any
+    key_bias: Any
+    bias: Any
+    bias_batch: int
+    bias_head: int
+    bias_query: int
+    bias_key: int
+    mask: Any
+    mask_batch: int
+    mask_head: int
+    mask_query: int
+    mask_key: int
+    sinks: Any
+    sinks_batch: int
+    sinks_head: int
+    sinks_query: int
+    start: Any
+    end: Any
+    range_batch: int
+    keys: Any
+    keys_batch: int
+    left: int | None
+    right: int | None
+    cap: float | None
+    seed: Any
+    keep_scale: float
+
+
+@triton.jit
+def head_factor(terms, scale, head):
+    """scale · gain_h."""
+    factor = scale
+    if terms.gain is not None:
+        factor = factor * tl.load(terms.gain + head)
+    return factor
+
+
+@triton.jit
+def row_bounds(terms, batch, query, num_queries, num_keys):
+    """[start, end) of the keys each query sees as far as causality, window and ranges say.
+
+    Queries past the last one repeat its bounds, so that they never make a tile look partial.
+    """
+    query = tl.minimum(query, num_queries - 1)
+    diagonal = query + (num_keys - num_queries)
+    start = tl.zeros_like(query)
+    end = start + num_keys
+    if terms.left is not None:
+        start = tl.maximum(start, diagonal - terms.left + 1)
+    if terms.right is not None:
+        end = tl.minimum(end, diagonal + terms.right)
+    if terms.start is not None:
+        row = batch.to(tl.int64) * terms.range_batch + query
+        start = tl.maximum(start, tl.load(terms.start + row))
+        end = tl.minimum(end, tl.load(terms.end + row))
+    return start, end
+
+
+@triton.jit
+def row_place(batch, head, query, batch_stride, head_stride, query_stride):
+    """Offset of rows in a tensor over (B, H, Q, …), int64."""
+    place = batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
+    return place + query.to(tl.int64) * query_stride
+
+
+@triton.jit
+def is_visible(terms, batch, head, query, key, num_queries, num_keys):
+    """Which keys of the tile each query sees, bool; false past the last key."""
+    start, end = row_bounds(terms, batch, query, num_queries, num_keys)
+    visible = (key >= start) & (key < end)
+    if terms.keys is not None:
+        place = batch.to(tl.int64) * terms.keys_batch + key
+        visible &= tl.load(terms.keys + place, mask=key < num_keys, other=0) != 0
+    if terms.mask is not None:
+        place = row_place(batch, head, query, terms.mask_batch, terms.mask_head, terms.mask_query)
+        place = place + key.to(tl.int64) * terms.mask_key
+        inside = (key < num_keys) & (query < num_queries)
+        visible &= tl.load(terms.mask + place, mask=inside, other=0) != 0
+    return visible
+
+
+@triton.jit
+def log_weight(rule, terms, score, batch, head, key_row, query, key, num_queries, num_keys):
+    """The additive log-weight of the tile in units of ln 2; −inf where the bias hides the key.
+
+    key_row = batch · K + key/value head. With `rule.keyed` one value a key, shaped like `key`.
+    """
+    additive = tl.zeros_like(key).to(tl.float32)
+    if rule.kind == EXP:
+        additive = score
+    if terms.key_bias is not None:
+        place = key_row.to(tl.int64) * num_keys + key
+        additive += tl.load(terms.key_bias + place, mask=key < num_keys, other=0.0)
+    if terms.bias is not None:
+        place = row_place(batch, head, query, terms.bias_batch, terms.bias_head, terms.bias_query)
+        place = place + key.to(tl.int64) * terms.bias_key
+        inside = (key < num_keys) & (query < num_queries)
+        value = tl.load(terms.bias + place, mask=inside, other=0.0).to(tl.float32)
+        additive = tl.where(value > _HIDDEN, additive + value, float("-inf"))
+    return additive * LOG2_E
+
+
+@triton.jit
+def finite(level):
+    """The level of a row as a subtrahend: 0 where it is −inf, so that −inf − (−inf) never occurs."""
+    return tl.where(level == float("-inf"), 0.0, level)
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent with full relative accuracy: near zero, where 1 − e⁻²ˣ cancels, the series."""
+    square = x * x
+    series = -17.0 / 315 + square * (62.0 / 2835)
+    series = 2.0 / 15 + square * series
+    series = x * (1.0 + square * (-1.0 / 3 + square * series))
+    decay = tl.exp2(tl.abs(x) * _TANH_RATE)
+    magnitude = (1.0 - decay) / (1.0 + decay)
+    return tl.where(square < 0.0625, series, tl.where(x < 0, -magnitude, magnitude))
+
+
+@triton.jit
+def score_of(terms, product, factor):
+    """z from q·k."""
+    score = product * factor
+    if terms.cap is not None:
+        score = terms.cap * tanh(score / terms.cap)
+    return score
+
+
+@triton.jit
+def reciprocal(x, rule):
+    """1 / x."""
+    if rule.fast:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def hill_parts(score, rule):
+    """z²ⁿ, z²ⁿ/z and 1 / (1 + z²ⁿ) of the clamped score."""
+    clamped = tl.minimum(tl.maximum(score, -rule.limit), rule.limit)
+    square = clamped * clamped
+    if rule.power == 1.0:
+        raised = square
+        over = clamped
+    elif rule.power == 2.0:
+        raised = square * square
+        over = clamped * square
+    elif rule.power == 3.0:
+        raised = square * square * square
+        over = clamped * square * square
+    elif rule.power == 4.0:
+        raised = (square * square) * (square * square)
+        over = clamped * square * (square * square)
+    else:
+        zero = square < TINY
+        raised = tl.exp2(tl.log2(tl.where(zero, 1.0, square)) * rule.power)
+        raised = tl.where(zero, 0.0, raised)
+        over = raised / tl.where(zero, 1.0, clamped)
+    return raised, over, reciprocal(1.0 + raised, rule)
+
+
+@triton.jit
+def response(score, rule):
+    """g(z); 1 for "exp", whose score is part of the log-weight."""
+    if rule.kind == HILL:
+        raised, over, rest = hill_parts(score, rule)
+        return raised * rest
+    elif rule.kind == SQUARE:
+        return score * score + rule.epsilon
+    else:
+        return tl.zeros_like(score) + 1.0
+
+
+@triton.jit
+def response_and_slope(score, rule):
+    """g(z) and dg/dz; for "exp" both without the factor exp(z)."""
+    if rule.kind == HILL:
+        raised, over, rest = hill_parts(score, rule)
+        return raised * rest, over * rest * rest * (2.0 * rule.power)
+    elif rule.kind == SQUARE:
+        return score * score + rule.epsilon, 2.0 * score
+    else:
+        one = tl.zeros_like(score) + 1.0
+        return one, one
+
+
+@triton.jit
+def plain_weight(product, inverse, rule):
+    """s² / (s² + inverse): the Hill response of power 1 of z = s / √inverse.
+
+    The fast form takes one reciprocal for two elements, 1/(ab) = 1/a · 1/b, because the reciprocal
+    unit is the bottleneck. s² is clamped to 1e18 (bits 5d5e0b6b), where the response is 1.
+    """
+    if rule.fast:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 a, b, p, q, r;
+            mul.rn.f32 a, $2, $2;
+            mul.rn.f32 b, $3, $3;
+            min.f32 a, a, 0f5d5e0b6b;
+            min.f32 b, b, 0f5d5e0b6b;
+            add.rn.f32 p, a, $4;
+            add.rn.f32 q, b, $5;
+            mul.rn.f32 r, p, q;
+            rcp.approx.ftz.f32 r, r;
+            mul.rn.f32 a, a, q;
+            mul.rn.f32 b, b, p;
+            mul.rn.f32 $0, a, r;
+            mul.rn.f32 $1, b, r;
+            }""",
+            "=f,=f,f,f,f,f",
+            [product, inverse],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        square = tl.minimum(product * product, 1e18)
+        return square / (square + inverse)
+
+
+@triton.jit
+def plain_weight_and_slope(product, inverse, rule):
+    """w = s² / (s² + inverse), and s / (s² + inverse)², which is dw/ds / (2 · inverse)."""
+    square = tl.minimum(product * product, 1e37)
+    rest = reciprocal(square + inverse, rule)
+    return square * rest, product * rest * rest
+
+
+@triton.jit
+def mix(x):
+    """The 32-bit mixer of `ops.dropout`."""
+    x = x ^ (x >> 16)
+    x = x * _MIX_FACTOR_1
+    x = x ^ (x >> 15)
+    x = x * _MIX_FACTOR_2
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def row_hash(terms, flat_head, query):
+    """The part of the dropout hash that the keys share; flat_head = batch · H + head."""
+    seed = tl.load(terms.seed).to(tl.uint32)
+    return mix(mix(flat_head.to(tl.uint32) ^ seed) ^ query.to(tl.uint32))
+
+
+@triton.jit
+def is_kept(row, key, rule):
+    """Which normalised weights dropout keeps."""
+    return mix(row ^ (key.to(tl.uint32) * _COLUMN_FACTOR)) >= rule.threshold
+
+
+@triton.jit
+def matmul(a, b, rule):
+    """a @ b in float32."""
+    if rule.interpreted:  # whose products of bfloat16 are wrong
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision=rule.precision)
+
+
+@triton.jit
+def add_matmul(accumulator, a, b, rule):
+    """accumulator + a @ b."""
+    if rule.interpreted:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision=rule.precision)
+
+
+@triton.jit
+def weigh(accumulator, weight, value_tile, rule):
+    """accumulator + lift · weight @ value."""
+    if rule.wide:
+        return tl.dot(weight, value_tile.to(tl.float32), accumulator, input_precision="tf32")
+    else:
+        return add_matmul(accumulator, (weight * rule.lift).to(value_tile.dtype), value_tile, rule)

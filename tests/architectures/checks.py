@@ -1,0 +1,249 @@
+"""What is checked on each architecture; every check takes a name and raises `AssertionError` with the reason."""
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from . import dense
+from .builder import Case, build
+from .inputs import Padding
+
+PACKAGE = "expressive"
+PADDINGS: tuple[Padding, ...] = ("none", "left", "right")
+# Largest difference allowed between two float32 outputs, relative to the larger of 1 and the largest output.
+TOLERANCE = 1e-4
+# The same for parameter gradients, relative to the largest gradient of the parameter.
+GRADIENT_TOLERANCE = 1e-3
+# The response must change the outputs by this much, else a comparison of outputs says nothing about attention.
+NOTICEABLE = 1e-3
+NEW_TOKENS = 4
+
+
+class NotApplicable(Exception):
+    """The check has no meaning for this architecture; the message says why."""
+
+
+def tensors(outputs: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The floating-point tensors of a model's outputs, caches left out."""
+    if isinstance(outputs, Tensor):
+        if outputs.is_floating_point() and outputs.numel():
+            yield path, outputs
+    elif isinstance(outputs, Mapping):
+        for name, value in outputs.items():
+            if "past_key_values" not in name and "attentions" not in name:
+                yield from tensors(value, f"{path}.{name}")
+    elif isinstance(outputs, (list, tuple)):
+        for index, value in enumerate(outputs):
+            yield from tensors(value, f"{path}[{index}]")
+
+
+def run(case: Case, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    torch.manual_seed(0)  # some models draw noise in their forward pass
+    # Sessions and caches among the inputs change in a forward pass; every run starts from the same ones.
+    outputs = dict(tensors(case.model(**copy.deepcopy(inputs))))
+    assert outputs, "the model returned no floating-point tensor"
+    return outputs
+
+
+def _valid(value: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """The part of an output that belongs to visible tokens."""
+    mask = inputs.get("attention_mask")
+    if mask is not None and value.shape[: mask.ndim] == mask.shape:
+        return value[mask.bool()]
+    return value
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    scale = max(1.0, float(other.abs().max()))
+    return float((one - other).abs().max()) / scale
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], inputs: dict[str, Any], what: str) -> None:
+    assert one.keys() == other.keys(), f"{what}: different outputs, {sorted(one.keys() ^ other.keys())}"
+    for name in other:
+        ours, theirs = _valid(one[name], inputs), _valid(other[name], inputs)
+        if not bool(torch.isfinite(theirs).all()):
+            hidden = ~torch.isfinite(theirs)
+            assert bool((ours[hidden] == theirs[hidden]).all()), f"{what}: {name} is not finite in the same places"
+            ours, theirs = ours[~hidden], theirs[~hidden]
+        difference = _difference(ours, theirs) if theirs.numel() else 0.0
+        assert difference <= TOLERANCE, f"{what}: {name} differs by {difference:.2g}"
+
+
+def _pair(name: str, one: str, other: str) -> tuple[Case, Case]:
+    """The same architecture with the same weights and two attention implementations."""
+    first, second = build(name, one), build(name, other)
+    first.model.load_state_dict(second.model.state_dict())
+    return first, second
+
+
+def _paddings(case: Case) -> Iterator[tuple[Padding, dict[str, Any]]]:
+    for padding in PADDINGS:
+        inputs = case.inputs(padding)
+        if padding == "none" or case.can_pad(inputs):
+            yield padding, inputs
+
+
+@torch.no_grad()
+def dense_is_eager(name: str) -> None:
+    """The witness with g = exp reproduces the model's own eager attention."""
+    witness, eager = _pair(name, dense.SOFTMAX, "eager")
+    for padding, inputs in _paddings(eager):
+        assert_same(run(witness, inputs), run(eager, inputs), inputs, f"padding {padding}")
+
+
+@torch.no_grad()
+def attention_matters(name: str) -> None:
+    """Another response changes the outputs, so comparing outputs tests attention."""
+    hill, eager = _pair(name, dense.EXPRESSIVE, "eager")
+    inputs = eager.inputs()
+    one, other = run(hill, inputs), run(eager, inputs)
+    change = max(_difference(one[key], other[key]) for key in other)
+    assert change > NOTICEABLE, f"the response changes the outputs by {change:.2g} only"
+
+
+@torch.no_grad()
+def package_is_dense(name: str) -> None:
+    """The package's expressive attention equals the witness."""
+    ours, witness = _pair(name, PACKAGE, dense.EXPRESSIVE)
+    for padding, inputs in _paddings(witness):
+        assert_same(run(ours, inputs), run(witness, inputs), inputs, f"padding {padding}")
+
+
+def gradients_are_dense(name: str) -> None:
+    """Parameter gradients are finite and equal the witness's."""
+    ours, witness = _pair(name, PACKAGE, dense.EXPRESSIVE)
+    inputs = witness.inputs()
+    gradients = []
+    for case in (ours, witness):
+        random = torch.Generator().manual_seed(0)
+        outputs = run(case, inputs)
+        loss = torch.zeros(())
+        for value in outputs.values():
+            if value.requires_grad:
+                value = torch.nan_to_num(value, 0.0, 0.0, 0.0)
+                loss = loss + (value * torch.randn(value.shape, generator=random)).mean()
+        loss.backward()
+        gradients.append({key: p.grad for key, p in case.model.named_parameters() if p.grad is not None})
+    one, other = gradients
+    assert one.keys() == other.keys(), f"gradients reach other parameters: {sorted(one.keys() ^ other.keys())[:3]}"
+    assert one, "no parameter has a gradient"
+    largest = max(float(gradient.abs().max()) for gradient in other.values())
+    for key, gradient in other.items():
+        assert bool(torch.isfinite(one[key]).all()), f"the gradient of {key} is not finite"
+        scale = max(float(gradient.abs().max()), 1e-3 * largest)
+        difference = float((one[key] - gradient).abs().max()) / scale
+        assert difference <= GRADIENT_TOLERANCE, f"the gradient of {key} differs by {difference:.2g}"
+
+
+@torch.no_grad()
+def _generate(model: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    outputs = model.generate(  # type: ignore[operator]
+        **inputs,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        return_dict_in_generate=True,
+        output_logits=True,
+        disable_compile=True,
+        **options,
+    )
+    return outputs.sequences, torch.stack(outputs.logits, dim=1)
+
+
+def _assert_generates(name: str, reference: dict[str, Any], tried: dict[str, Any]) -> None:
+    """Two ways to generate give the same tokens; not asked of a model whose eager attention fails it as well."""
+    eager, ours = build(name), build(name, PACKAGE)
+    if not eager.model.can_generate() or "input_ids" not in eager.inputs():
+        raise NotApplicable("does not generate from tokens")
+    ours.model.load_state_dict(eager.model.state_dict())
+
+    def compare(case: Case, padding: Padding) -> None:
+        inputs = case.inputs(padding) if padding != "none" else case.inputs()
+        inputs.pop("use_cache", None)
+        inputs.pop("decoder_input_ids", None)
+        tokens, logits = _generate(case.model, inputs, **reference)
+        other_tokens, other_logits = _generate(case.model, inputs, **tried)
+        # After the first token that differs by a tie the texts are different texts.
+        assert _difference(other_logits[:, 0], logits[:, 0]) <= TOLERANCE, "the first logits differ"
+        if torch.equal(tokens, other_tokens):
+            difference = _difference(other_logits, logits)
+            assert difference <= TOLERANCE, f"the logits differ by {difference:.2g}"
+        else:
+            top = logits.topk(2).values
+            margin = float((top[..., 0] - top[..., 1]).min())
+            assert margin < TOLERANCE, f"other tokens ({padding} padding)"
+
+    for padding in ("none", "left"):
+        if padding == "left" and not eager.can_pad(eager.inputs("left")):
+            continue
+        try:
+            compare(eager, padding)
+        except Exception as error:
+            if padding == "none":
+                raise NotApplicable(f"eager attention fails it too: {type(error).__name__}: {error}") from error
+            continue
+        compare(ours, padding)
+
+
+def cached_is_uncached(name: str) -> None:
+    """Greedy generation with and without a cache agrees."""
+    _assert_generates(name, {"use_cache": False}, {"use_cache": True})
+
+
+def static_is_dynamic(name: str) -> None:
+    """Greedy generation with a static and with a dynamic cache agrees."""
+    _assert_generates(name, {"use_cache": True}, {"use_cache": True, "cache_implementation": "static"})
+
+
+@torch.no_grad()
+def reloads(name: str) -> None:
+    """A saved model loads back with its mechanism and gives the same outputs."""
+    case = build(name, PACKAGE)
+    inputs = case.inputs()
+    before = run(case, inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        case.model.save_pretrained(folder)
+        again = type(case.model).from_pretrained(folder).eval()
+    assert_same(run(Case(name, case.family, again), inputs), before, inputs, "after loading")
+
+
+@torch.no_grad()
+def bfloat16_is_finite(name: str) -> None:
+    """In bfloat16 the outputs are finite where the float32 ones are."""
+    case = build(name, PACKAGE)
+    for padding, inputs in _paddings(case):
+        expected = run(case, inputs)
+        half = Case(name, case.family, case.model.to(torch.bfloat16))
+        cast = {
+            key: value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
+            for key, value in inputs.items()
+        }
+        outputs = run(half, cast)
+        case.model.float()
+        for key, value in expected.items():
+            finite = torch.isfinite(_valid(value, inputs))
+            actual = torch.isfinite(_valid(outputs[key], inputs))
+            assert bool((actual | ~finite).all()), f"padding {padding}: {key} is not finite"
+
+
+CHECKS: dict[str, Callable[[str], None]] = {
+    check.__name__: check
+    for check in (
+        dense_is_eager,
+        attention_matters,
+        package_is_dense,
+        gradients_are_dense,
+        cached_is_uncached,
+        static_is_dynamic,
+        reloads,
+        bfloat16_is_finite,
+    )
+}
