@@ -7,7 +7,7 @@ when it was written) and the options of the mechanism. This module imports no to
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
@@ -27,7 +27,10 @@ def _is_integer(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+    if not _is_integer(value) and not isinstance(value, float):
+        return False
+    # False for nan, for infinity and for integers that no float can hold.
+    return abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)

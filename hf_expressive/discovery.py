@@ -1,12 +1,14 @@
 """Which modules of a model are attention modules, read off their code, never off a list of names.
 
 A module *asks the registry* if its `forward` looks `ALL_ATTENTION_FUNCTIONS` up. A module is *foreign*
-if it is called attention, computes a softmax itself and does not ask the registry: a mechanism could
-not reach it.
+if it is called attention, computes a softmax and a product itself and does not ask the registry: a
+mechanism could not reach it. (A softmax without a product is no comparison of queries with keys;
+deformable attention normalises learned sampling weights that way.)
 """
 
 from __future__ import annotations
 
+import dis
 import inspect
 import re
 from collections.abc import Iterator
@@ -21,8 +23,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
-_OWN_SOFTMAX = {"softmax", "scaled_dot_product_attention", "eager_attention_forward"}
-_INDEX = re.compile(r"^(.*\.)?\d+(?=\.|$)")
+_WHOLE_ATTENTION = {"scaled_dot_product_attention", "eager_attention_forward"}
+_PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "@"}
 
 
 @cache
@@ -38,7 +40,8 @@ def _has_own_softmax(cls: Any) -> bool:
     if asks_registry(cls) or not re.search(r"Attention|Attn", cls.__name__):
         return False
     names = set().union(*(_names(cls, name) for name, _ in inspect.getmembers(cls, callable)))
-    return bool(names & _OWN_SOFTMAX)
+    by_hand = "softmax" in names and not names.isdisjoint(_PRODUCTS)
+    return by_hand or not names.isdisjoint(_WHOLE_ATTENTION)
 
 
 def asks_registry(cls: type[nn.Module]) -> bool:
@@ -54,7 +57,7 @@ def computes_own_attention(cls: type[nn.Module]) -> bool:
 
 
 def _names(cls: type[nn.Module], method: str) -> set[str]:
-    """Global and attribute names in the code of a method, decorators removed, nested code included."""
+    """Names in the code of a method (and `@` where it is used), decorators removed."""
     function = inspect.unwrap(getattr(cls, method))
     defined_by_torch = (getattr(function, "__module__", None) or "").startswith("torch.")
     code = getattr(function, "__code__", None)
@@ -65,6 +68,7 @@ def _names(cls: type[nn.Module], method: str) -> set[str]:
     while pending:
         current = pending.pop()
         found.update(current.co_names, current.co_freevars)
+        found.update(step.argrepr for step in dis.get_instructions(current) if step.argrepr == "@")
         pending.extend(const for const in current.co_consts if isinstance(const, CodeType))
     return found
 
@@ -90,12 +94,11 @@ def attention_modules(model: PreTrainedModel) -> list[AttentionModule]:
     """The modules of a model that ask the registry, in order."""
     found = []
     layers: dict[int, dict[str, int]] = {}
-    for name, module, owner, local_name in _walk(model):
+    for name, module, owner, layer_name in _walk(model):
         if asks_registry(type(module)):
-            # Self- and cross-attention of one layer share everything up to the layer's number.
-            match = _INDEX.match(local_name)
+            # Self- and cross-attention of one layer share the layer's name.
             seen = layers.setdefault(id(owner), {})
-            layer = seen.setdefault(match.group() if match else local_name, len(seen))
+            layer = seen.setdefault(layer_name or name, len(seen))
             found.append(AttentionModule(name, module, owner, layer))
     return found
 
@@ -110,28 +113,28 @@ def foreign_modules(model: PreTrainedModel) -> list[AttentionModule]:
     ]
 
 
-def _walk(
-    model: PreTrainedModel,
-) -> Iterator[tuple[str, nn.Module, PreTrainedModel, str]]:
-    """(path, module, innermost PreTrainedModel, path within it), parents first, each module once."""
+def _walk(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, PreTrainedModel, str]]:
+    """(path, module, innermost PreTrainedModel, layer) of every module once, parents first.
+
+    The layer is the path of the innermost entry of a list of layers within that PreTrainedModel, empty
+    outside of such lists. A list within a layer that mixes classes holds the layer's parts, not layers.
+    """
     seen: set[int] = set()
 
     def visit(
-        module: nn.Module, name: str, owner: PreTrainedModel, local: str
+        module: nn.Module, name: str, owner: PreTrainedModel, layer: str
     ) -> Iterator[tuple[str, nn.Module, PreTrainedModel, str]]:
         if id(module) in seen:
             return
         seen.add(id(module))
         if isinstance(module, PreTrainedModel):
-            owner, local = module, ""
-        yield name, module, owner, local
+            owner, layer = module, ""
+        yield name, module, owner, layer
+        is_list = isinstance(module, nn.ModuleList | nn.Sequential)
+        counts = is_list and (not layer or len({type(child) for child in module.children()}) == 1)
         for child_name, child in module.named_children():
-            yield from visit(
-                child,
-                f"{name}.{child_name}" if name else child_name,
-                owner,
-                f"{local}.{child_name}" if local else child_name,
-            )
+            path = f"{name}.{child_name}" if name else child_name
+            yield from visit(child, path, owner, path if counts else layer)
 
     yield from visit(model, "", model, "")
 

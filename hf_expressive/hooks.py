@@ -20,13 +20,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import json
 import os
 import re
+import secrets
 import shutil
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from . import patcher
 from .attention.base import Mechanism
 from .config import SECTION, MechanismConfig, read_section
-from .discovery import asks_registry, attention_modules, computes_own_attention
+from .discovery import (
+    asks_registry,
+    attention_modules,
+    computes_own_attention,
+    foreign_modules,
+)
 from .registry import MECHANISMS, options_of
 
 _INSTALLED = "_hf_expressive_installed"
@@ -107,6 +115,9 @@ def _keep_flag(original: Callable[..., None], config: PreTrainedConfig, d: dict[
         names = set(_leaves(tree))
         if names & set(MECHANISMS):
             d["attn_implementation"] = tree[""] if len(names) == 1 else tree
+        else:
+            # Switched off: the options must not select the mechanism again at the next load.
+            d.pop(SECTION, None)
         for key in config.sub_configs:
             part = d.get(key)
             if isinstance(part, dict):
@@ -210,6 +221,12 @@ def _set_attn_implementation(
     before = patcher.Snapshot.take(model)
     try:
         original(model, attn_implementation, *args, **kwargs)
+        # Transformers only logs where a class cannot be switched.
+        asked = attn_implementation if isinstance(attn_implementation, str) else ""
+        if asked in MECHANISMS:
+            patcher.refuse_foreign(model, foreign_modules(model), asked)
+            if not attention_modules(model):
+                raise ValueError(patcher.no_attention(model, asked))
         patcher.prepare(model)
     except BaseException:
         before.restore()
@@ -219,9 +236,10 @@ def _set_attn_implementation(
 def _from_pretrained(
     original: Callable[..., Any], cls: type[PreTrainedModel], *args: Any, **kwargs: Any
 ) -> Any:
-    with _named_refusal(cls):
+    with _construction(cls) as outermost:
         built = original(cls, *args, **kwargs)
-    _look_over(built[0] if isinstance(built, tuple) else built)
+    if outermost:
+        _look_over(built[0] if isinstance(built, tuple) else built)
     return built
 
 
@@ -233,17 +251,26 @@ def _from_config(
 ) -> PreTrainedModel:
     if SECTION in kwargs:
         setattr(config, SECTION, kwargs.pop(SECTION))
-    with _named_refusal(cls):
+    with _construction(cls) as outermost:
         model = original(cls, config, **kwargs)
-    _look_over(model)
+    if outermost:
+        _look_over(model)
     return model
 
 
+_constructing: ContextVar[bool] = ContextVar("hf_expressive_constructing", default=False)
+
+
 @contextlib.contextmanager
-def _named_refusal(cls: type[PreTrainedModel]) -> Iterator[None]:
-    """Some architectures pick their attention class from a dict of their own: say what that means."""
+def _construction(cls: type[PreTrainedModel]) -> Iterator[bool]:
+    """Around a loader: tells whether it is the outermost one, for models build their parts by others.
+
+    Some architectures pick their attention class from a dict of their own: says what that means.
+    """
+    outermost = not _constructing.get()
+    token = _constructing.set(True)
     try:
-        yield
+        yield outermost
     except KeyError as error:
         if error.args and error.args[0] in MECHANISMS:
             raise ValueError(
@@ -251,6 +278,8 @@ def _named_refusal(cls: type[PreTrainedModel]) -> Iterator[None]:
                 "its attention from a list of its own and never asks Transformers' attention registry."
             ) from error
         raise
+    finally:
+        _constructing.reset(token)
 
 
 def _look_over(model: PreTrainedModel) -> None:
@@ -280,10 +309,10 @@ def _save_pretrained(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """Writes a variant into a folder beside the target, then renames its files into place.
+    """Writes a variant into a folder within the target, then renames its files into place.
 
-    Weights first, then everything else, then stale weights of the earlier checkpoint go: whenever it is
-    interrupted, the target holds a checkpoint that loads.
+    Weights become current by one rename, of the only file or of the index; the config follows and
+    stale weights go last. Whenever it is interrupted, the target holds weights of one checkpoint.
     """
     uses = set(_leaves(_implementations(model.config))) & set(MECHANISMS)
     target = Path(save_directory)
@@ -293,9 +322,10 @@ def _save_pretrained(
     target.mkdir(parents=True, exist_ok=True)
     if kwargs.get("push_to_hub"):
         kwargs.setdefault("repo_id", target.name)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.resolve().parent))
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     try:
         original(model, staging, *args, **kwargs)
+        _rename_shards(staging, {path.name for path in target.iterdir()})
         written = sorted(staging.iterdir(), key=lambda path: _order(path.name))
         stale = {path.name for path in target.iterdir() if _WEIGHTS.fullmatch(path.name)}
         for path in written:
@@ -306,6 +336,24 @@ def _save_pretrained(
                 (target / name).unlink()
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _rename_shards(folder: Path, taken: set[str]) -> None:
+    """Gives new shards names of their own where the old checkpoint has shards of the same names.
+
+    Otherwise an interruption between two renames would leave a mixture of both under one index.
+    """
+    for index in folder.glob("*.safetensors.index.json"):
+        content = json.loads(index.read_text(encoding="utf-8"))
+        shards = set(content["weight_map"].values())
+        if not shards & taken:
+            continue
+        mark = secrets.token_hex(4)
+        names = {shard: shard.replace("-", f"-{mark}-", 1) for shard in shards}
+        content["weight_map"] = {key: names[shard] for key, shard in content["weight_map"].items()}
+        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for shard, name in names.items():
+            (folder / shard).rename(folder / name)
 
 
 def _order(name: str) -> tuple[int, str]:

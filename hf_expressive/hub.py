@@ -47,6 +47,26 @@ _ABOUT = {
         ),
         source="C. Gros, [arXiv:2407.18601](https://arxiv.org/abs/2407.18601)",
     ),
+    "implicit_kernel": _About(
+        name="implicit kernel attention",
+        explanation=(
+            "Softmax attention multiplies a similarity, the RBF kernel of query and key, by a "
+            "magnitude, the exponential of the key's squared L2 norm. Implicit kernel attention "
+            "keeps this form and changes both: the kernel is built from Fourier features of a "
+            "spectral density that can be learned, unless `kernel` is rbf, and the norm is an Lp "
+            "norm. The weights of a query are divided by their sum. A mask multiplies a weight by "
+            "zero."
+        ),
+        formula=(
+            "K_ij = (φ(q_i)·φ(k_j))² + epsilon, or for rbf exp(-‖q_i - k_j‖² / (2√d))\n"
+            "w_ij = K_ij · exp(‖k_j‖_p² / (2√d))\n"
+            "out_i = Σ_j w_ij v_j / Σ_j w_ij"
+        ),
+        source=(
+            "K. Song, Y. Jung, D. Kim, I.-C. Moon, AAAI 2021, "
+            "[arXiv:2006.06147](https://arxiv.org/abs/2006.06147)"
+        ),
+    ),
 }
 
 #: How the model of a task is loaded; other models by their own class.

@@ -34,6 +34,8 @@ from transformers.utils.import_utils import is_tracing
 
 from .ops import KeyRanges
 
+#: Models whose code takes any mask that is not bool for an inverted one, their own eager mask included.
+_LOGICAL_MASKS = {"nemotron_asr_streaming_encoder"}
 #: Entries of a pattern that are looked at together when it is recognised (bool, so bytes).
 _PROBE_ENTRIES = 2**24
 
@@ -162,9 +164,24 @@ def compact_mask(
     """The mask function of every mechanism; arguments are those of Transformers' `eager_mask`.
 
     Returns:
-        A `CompactMask`, or the dense additive mask (batch, 1, query, keys) where no compact form is
-        known.
+        A `CompactMask`; the dense additive mask (batch, 1, query, keys) where no compact form is
+        known; a dense bool mask for the models in `_LOGICAL_MASKS`.
     """
+    if getattr(kwargs.get("config"), "model_type", None) in _LOGICAL_MASKS:
+        visible: Any = sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,  # type: ignore[arg-type]
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            use_vmap=use_vmap,
+            device=device,
+        )
+        return visible
     tracing = torch.compiler.is_compiling() or (
         attention_mask is not None and is_tracing(attention_mask)
     )

@@ -111,11 +111,19 @@ def prepare(model: PreTrainedModel) -> None:
     children: Children = []
     for owner in {id(found.owner): found.owner for found in wanted}.values():
         options = options_of(owner.config, implementation(owner))
+        record(owner.config, options)
         of_owner = [found for found in wanted if found.owner is owner]
         missing = [found for found in of_owner if not carries_mechanism(found.module)]
         check_layers(of_owner, options)
         children += make_children(missing, options)
     add_children(children)
+    if implementation(model) in MECHANISMS:
+        record(model.config, options_of(model.config, implementation(model)))
+
+
+def record(config: PreTrainedConfig, options: MechanismConfig) -> None:
+    """Writes the options down where a config has none: defaults may change, a checkpoint must not."""
+    config.__dict__.setdefault(SECTION, options.to_dict())
 
 
 def carries_mechanism(module: nn.Module) -> bool:
@@ -190,14 +198,14 @@ def switch(model: PreTrainedModel, name: str) -> None:
     """`set_attn_implementation`, with an error where Transformers only logs that nothing happened.
 
     Raises:
-        ValueError: a part of the model kept its old implementation.
+        ValueError: some attention of the model kept its old implementation.
     """
     model.set_attn_implementation(name)
-    kept = [m for m in submodels(model) if implementation(m) != name]
+    kept = [found for found in attention_modules(model) if implementation(found.owner) != name]
     if kept:
         raise ValueError(
-            f"{type(kept[0]).__name__} does not let its attention implementation be set to {name!r}: "
-            "its code does not use Transformers' attention registry."
+            f"{type(kept[0].owner).__name__} does not let its attention implementation be set to "
+            f"{name!r}."
         )
 
 
@@ -216,15 +224,15 @@ def refuse_foreign(model: PreTrainedModel, foreign: list[AttentionModule], name:
         f"({type(first.module).__name__}) computes its softmax itself and never asks Transformers' "
         "attention registry."
     )
-    able = {id(f.owner): f.owner for f in attention_modules(model)}
-    unable = {id(f.owner) for f in foreign}
-    if any(owner not in unable for owner in able):
-        keys = {key: getattr(model.config, key, None) for key in model.config.sub_configs}
-        parts = ", ".join(
-            f'"{key}": "{name if any(o.config is config for o in able.values()) else "sdpa"}"'
-            for key, config in keys.items()
+    unable = {id(f.owner.config) for f in foreign}
+    able = {id(f.owner.config) for f in attention_modules(model)} - unable
+    parts = {"": model.config}
+    parts |= {key: getattr(model.config, key, None) for key in model.config.sub_configs}
+    if able & {id(part) for part in parts.values()}:
+        named = ", ".join(
+            f'"{key}": "{name if id(part) in able else "eager"}"' for key, part in parts.items()
         )
-        reason += f" Name the parts that do: attn_implementation={{{parts}}}."
+        reason += f" Name the parts that do: attn_implementation={{{named}}}."
     raise ValueError(reason)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,6 +127,12 @@ class Attention:
 
     def causal_lm(self, config: PreTrainedConfig) -> PreTrainedModel:
         """A causal language model with this attention and random weights."""
+        return self.build(AutoModelForCausalLM.from_config, config)
+
+    def build(
+        self, from_config: Callable[..., PreTrainedModel], config: PreTrainedConfig
+    ) -> PreTrainedModel:
+        """A model with this attention and random weights, by an auto class's `from_config`."""
         if self.options is not None:
             setattr(config, SECTION, self.options)
-        return AutoModelForCausalLM.from_config(config, attn_implementation=self.implementation)
+        return from_config(config, attn_implementation=self.implementation)

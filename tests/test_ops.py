@@ -699,7 +699,7 @@ def _opcheck_options(name: str) -> dict[str, Any]:
         "plain": {"is_causal": True, "sliding_window": 3},
         "scale and sinks": {"scale": torch.rand(4), "sinks": torch.randn(4), "softcap": 2.0},
         "permuted bias": {"bias": permuted.requires_grad_()},
-        "expanded bias": {"bias": torch.randn(1, 4, 1, 7).requires_grad_().expand(2, 4, 5, 7)},
+        "expanded bias": {"bias": torch.randn(1, 4, 1, 7).expand(2, 4, 5, 7).requires_grad_()},
         "half bias": {"bias": torch.randn(2, 1, 5, 1).half().requires_grad_()},
         "key bias": {
             "key_bias": torch.randn(2, 7, 2).transpose(1, 2).requires_grad_(),
@@ -774,7 +774,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_is_linear(direction: str, options: str, small_tiles: None) -> None:
     """The largest tensor that either pass makes grows like the length, never like its square."""
     largest = []
-    for length in (512, 1024):
+    for length in (256, 512):
         query, key, value = (t.detach() for t in operands((1, 2, 1, length, length, 2, 2)))
         extra: dict[str, Any] = {
             "plain": {"is_causal": True},
@@ -782,7 +782,7 @@ def test_memory_is_linear(direction: str, options: str, small_tiles: None) -> No
                 "attention_mask": KeyRanges(
                     torch.zeros(1, length, dtype=torch.int32),
                     torch.arange(1, length + 1, dtype=torch.int32)[None],
-                    torch.arange(length)[None] > 100,
+                    torch.arange(length)[None] > 50,
                 )
             },
             "bias": {"bias": torch.randn(1, 2, 1, length, dtype=torch.float64)},
@@ -802,4 +802,4 @@ def test_memory_is_linear(direction: str, options: str, small_tiles: None) -> No
                 blockwise.backward(problem, out, log_normalizer, out, **need)
         largest.append(watch.largest_bytes)
     assert largest[1] <= 2.1 * largest[0]
-    assert largest[1] < 8 * 1024 * 1024 / 16
+    assert largest[1] < 8 * 512 * 512 / 16

@@ -108,16 +108,14 @@ def _visibility(
         return packed, is_causal, window
     mask: Tensor | KeyRanges = attention_mask
     if isinstance(attention_mask, CompactMask):
-        if (
-            packed is None
-            and attention_mask.pattern is not None
-            and attention_mask.shape[3] == num_keys
-        ):
+        fits = attention_mask.shape[2] == num_queries and attention_mask.shape[3] == num_keys
+        if packed is None and attention_mask.pattern is not None and fits:
             return None, attention_mask.pattern == "causal", None
         ranges = ranges_of(attention_mask)
-        if ranges.keys is not None and attention_mask.shape[3] != num_keys:
-            ranges = KeyRanges(ranges.start, ranges.end, ranges.keys[:, :num_keys])
-        mask = ranges
+        # A mask of one query stands for all of them; one that is too long is cut, as eager does.
+        rows = (ranges.start.shape[0], num_queries)
+        keys = None if ranges.keys is None else ranges.keys[:, :num_keys]
+        mask = KeyRanges(ranges.start.expand(rows), ranges.end.expand(rows), keys)
     elif attention_mask.shape[-1] > num_keys:
         mask = attention_mask[..., :num_keys]
     if packed is not None:

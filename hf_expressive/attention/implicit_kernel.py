@@ -10,7 +10,6 @@ exponents), not a neutral choice: leave the parameters whose name contains `.mec
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from typing import Any, Self, cast
 
@@ -88,12 +87,8 @@ class SpectralKernel(nn.Module):
         is_rbf = options.kernel == "rbf"
         if is_rbf and options.p == 2.0 and not options.authors_code and dropout == 0.0:
             return None
-        exponent: float | Tensor
-        if options.p == "learned":
-            # 1 + exp(0) is exactly 2 in every dtype that the parameter may be cast to.
-            exponent = 1.0 + self.log_exponent.float().exp()
-        else:
-            exponent = options.p
+        # 1 + exp(0) is exactly 2 in every dtype that the parameter may be cast to.
+        exponent = 1.0 + self.log_exponent.float().exp() if options.p == "learned" else options.p
         # 2√d in the paper; the published code has 2·d^¼.
         factor = call.key.shape[-1] ** 0.25 if options.authors_code else 1.0
         key_bias = log_magnitude(call.key, exponent, scaling * factor)

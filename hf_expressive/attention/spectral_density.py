@@ -9,6 +9,7 @@ Letters: K key/value heads, d head size, S densities (1 stationary, 2 direct), M
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -110,7 +111,9 @@ class GeneratedFrequencies(nn.Module):
             shift = self.condition_noise(condition).chunk(2, dim=-1)
             mean, log_variance = mean + shift[0], log_variance + shift[1]
         deviation = torch.exp(log_variance * (1.0 if self.options.authors_code else 0.5))
-        noise = torch.randn_like(self.sample, dtype=dtype) if self.training else self.sample.to(dtype)
+        noise = self.sample.to(dtype)
+        if self.training:
+            noise = torch.randn_like(noise)
         information = mean.new_zeros(())
         if self.coupled:
             coupling = self._coupling_matrix(condition, dtype)
@@ -123,8 +126,8 @@ class GeneratedFrequencies(nn.Module):
         noise = sign * mean.unsqueeze(-2) + deviation.unsqueeze(-2) * noise
         generated = [noise.sign() * network(noise.abs()) for network in self.generators]
         frequencies = torch.stack(generated, dim=-3).transpose(-1, -2)
-        divergence = _kl_divergence(mean, deviation, self.options.prior_scale).sum(dim=(-1, -2)).mean()
         options = self.options
+        divergence = _kl_divergence(mean, deviation, options.prior_scale).sum(dim=(-1, -2)).mean()
         regularizer = options.kl_weight * divergence + options.copula_weight * information
         return frequencies, regularizer
 
@@ -173,7 +176,7 @@ class _Network(nn.Module):
     def __init__(self, *sizes: int) -> None:
         super().__init__()
         self.layers = len(sizes) - 1
-        for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
             self.register_parameter(f"weight_{i}", nn.Parameter(torch.empty(fan_out, fan_in)))
             self.register_parameter(f"bias_{i}", nn.Parameter(torch.empty(fan_out)))
 

@@ -247,7 +247,7 @@ def _problem(
         gain, factor = scale.to(_compute_dtype(query)), 1.0
     elif scale is not None:
         factor = float(scale)
-        if not math.isfinite(factor):
+        if not -math.inf < factor < math.inf:
             raise ValueError(f"scale must be finite, got {scale!r}.")
 
     if key_bias is not None:

@@ -88,16 +88,18 @@ def implicit_kernel_attention(
     check_frequencies(frequencies, key)
     if softcap is not None and frequencies is not None:
         raise ValueError(
-            f"softcap={softcap} caps a logit, and a spectral kernel has none (it lies between −1 and 1); "
-            "leave it out, or leave frequencies out for the RBF kernel."
+            f"softcap={softcap} caps a logit, and a spectral kernel has none (it lies between −1 and "
+            "1); leave it out, or leave frequencies out for the RBF kernel."
         )
     key_bias: Tensor | None
     if frequencies is None:
-        response, key_bias = Response("exp"), None
+        response = Response("exp")
+        key_bias = None
         if isinstance(p, Tensor) or p != 2.0:
             key_bias = log_magnitude(key, p, scale) - log_magnitude(key, 2.0, scale)
     else:
-        response, key_bias = Response("square", epsilon=float(epsilon)), log_magnitude(key, p, scale)
+        response = Response("square", epsilon=float(epsilon))
+        key_bias = log_magnitude(key, p, scale)
         query, key = kernel_features(query, key, frequencies, scale)
         scale = 1.0
     return attend(

@@ -81,7 +81,7 @@ class Response:
     def __post_init__(self) -> None:
         if self.kind not in ("hill", "square", "exp"):
             raise ValueError(f"response kind must be 'hill', 'square' or 'exp', got {self.kind!r}.")
-        if not (math.isfinite(self.power) and self.power > 0):
+        if not 0.0 < self.power < math.inf:
             raise ValueError(f"power must be a positive number, got {self.power!r}.")
-        if not (math.isfinite(self.epsilon) and self.epsilon >= 0):
+        if not 0.0 <= self.epsilon < math.inf:
             raise ValueError(f"epsilon must be a number ≥ 0, got {self.epsilon!r}.")

@@ -45,18 +45,17 @@ def squared_norm(x: Tensor, p: float | Tensor) -> Tensor:
     Returns:
         (batch, heads, positions).
     """
-    if isinstance(p, Tensor):
-        p = p[:, None, None]
-    elif p == 2.0:
+    if not isinstance(p, Tensor) and p == 2.0:
         return x.square().sum(dim=-1)
     # Divided by its largest entry, no power of x over- or underflows. The norm is homogeneous, so the
     # divisor is a constant for the gradient.
     largest = x.detach().abs().amax(dim=-1, keepdim=True)
     largest = torch.where(largest == 0, 1.0, largest)
-    exponent = p[..., None] if isinstance(p, Tensor) else p
-    total = (x / largest).abs().pow(exponent).sum(dim=-1)
+    exponent = p[:, None] if isinstance(p, Tensor) else p
+    power = p[:, None, None] if isinstance(p, Tensor) else p
+    total = (x / largest).abs().pow(power).sum(dim=-1)
     zero = total == 0
-    root = torch.where(zero, 1.0, total).pow(2.0 / p)
+    root = torch.where(zero, 1.0, total).pow(2.0 / exponent)
     return torch.where(zero, 0.0, root * largest.squeeze(-1).square())
 
 

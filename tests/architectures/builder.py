@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .exceptions import CONFIG, KEEP_EAGER, MODEL
+from .exceptions import CONFIG, KEEP_EAGER, MODEL, NOISE
 from .inputs import Padding, make_inputs
 from .shrink import shrink
 from .special_inputs import INPUTS
@@ -52,6 +52,11 @@ def architectures() -> list[str]:
     return list(_modeling_files())
 
 
+def parts() -> list[str]:
+    """Further models, named "architecture/part", for attention that the first model of an architecture lacks."""
+    return sorted(name for name in MODEL if "/" in name and name.split("/")[0] in _modeling_files())
+
+
 def _own_models(module: Any) -> list[type[PreTrainedModel]]:
     return [
         member
@@ -70,7 +75,7 @@ def _sub_configs(config: PreTrainedConfig) -> int:
 
 def model_class(name: str) -> type[PreTrainedModel]:
     """The class to test: the widest configuration, then the most telling head."""
-    module = importlib.import_module(_modeling_files()[name])
+    module = importlib.import_module(_modeling_files()[name.split("/")[0]])
     if name in MODEL:
         return getattr(module, MODEL[name])
 
@@ -89,14 +94,16 @@ def tiny_config(name: str) -> PreTrainedConfig:
 
 
 @torch.no_grad()
-def _randomise(model: nn.Module, seed: int) -> None:
+def _randomise(model: nn.Module, seed: int, noise: float) -> None:
     """Add noise to every parameter, so that zero-initialised gates and tiny scales do not hide the attention."""
     random = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if not parameter.is_floating_point() or parameter.numel() == 0:
             continue
         deviation = 0.1 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
-        parameter.add_(torch.randn(parameter.shape, generator=random), alpha=deviation)
+        if parameter.ndim > 2:  # convolutions come in deep stacks with ReLU, which halves the variance
+            deviation *= 2**0.5
+        parameter.add_(torch.randn(parameter.shape, generator=random), alpha=noise * deviation)
 
 
 @dataclass
@@ -125,6 +132,26 @@ def _per_part(config: PreTrainedConfig, choice: str, eager: tuple[str, ...], pat
     return chosen
 
 
+def family(model: PreTrainedModel) -> str:
+    """What kind of model it is, by what its `forward` takes and what its configuration is made of."""
+    names = set(inspect.signature(model.forward).parameters)
+    pieces = " ".join(name for name, value in vars(model.config).items() if isinstance(value, PreTrainedConfig))
+    sees = bool(names & {"pixel_values", "pixel_values_videos", "flattened_patches", "inference_session"})
+    hears = bool(names & {"input_values", "input_features", "codes", "audio_codes"})
+    reads = "input_ids" in names
+    if "past_values" in names:
+        return "time series"
+    if reads and (sees or hears or "vision" in pieces or "audio" in pieces):
+        return "multimodal"
+    if sees or hears:
+        return "vision" if sees else "audio"
+    if reads and model.config.is_encoder_decoder:
+        return "encoder-decoder"
+    if reads:
+        return "decoder" if model.can_generate() else "encoder"
+    return "other"
+
+
 def build(name: str, attn_implementation: str = "eager", seed: int = 0, whole: bool = False) -> Case:
     """Build architecture `name` tiny, on CPU, in float32 and evaluation mode, with weights that depend on `seed` only.
 
@@ -137,5 +164,5 @@ def build(name: str, attn_implementation: str = "eager", seed: int = 0, whole: b
     if name in KEEP_EAGER and not whole:
         choice = _per_part(config, attn_implementation, KEEP_EAGER[name])
     model = cls._from_config(config, attn_implementation=choice, dtype=torch.float32)
-    _randomise(model, seed)
-    return Case(name, "", model.eval())
+    _randomise(model, seed, NOISE.get(name, 1.0))
+    return Case(name, family(model), model.eval())

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 SOFTMAX = "dense_exp"
 EXPRESSIVE = "dense_hill"
+BOOLEAN = "_boolean"
 
 # Arguments that models pass along and that do not change what attention computes: caller's options, and facts the mask
 # already states (a window, positions, causality). Anything else is unknown and raises.
@@ -101,7 +102,7 @@ def _dense_attention(normalised: Callable[[Tensor, Tensor, Tensor, Tensor | None
         key = key.repeat_interleave(heads // key.shape[1], dim=1)
         value = value.repeat_interleave(heads // value.shape[1], dim=1)
 
-        score = (query @ key.transpose(-1, -2)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        score = (query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
 
@@ -129,8 +130,13 @@ def _dense_attention(normalised: Callable[[Tensor, Tensor, Tensor, Tensor | None
     return forward
 
 
+def _boolean_mask(*args: Any, **kwargs: Any) -> Tensor:
+    return sdpa_mask(*args, **(kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}))
+
+
 def register() -> None:
-    """Make `attn_implementation="dense_exp"` and `"dense_hill"` known, both with a dense float mask."""
+    """Make the two names known, with a dense float mask, and again with `_boolean` appended, with a boolean one."""
     for name, normalised in ((SOFTMAX, _normalised_exp), (EXPRESSIVE, _normalised_hill)):
-        AttentionInterface.register(name, _dense_attention(normalised))
-        AttentionMaskInterface.register(name, eager_mask)
+        for suffix, mask in (("", eager_mask), (BOOLEAN, _boolean_mask)):
+            AttentionInterface.register(name + suffix, _dense_attention(normalised))
+            AttentionMaskInterface.register(name + suffix, mask)

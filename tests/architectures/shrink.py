@@ -78,7 +78,7 @@ _RULES: list[tuple[str, Callable[[int], int]]] = [
     # part of the input rather than widths
     (r"mel_bins$|_bins$|^num_frames$|^frame_size$|^sampling|^hop_length$|_multiple_of$", same),
     (r"^(num|in|audio)_channels$|kernel|stride|norm|scale|rate$|^mel_dim$", same),
-    (r"hidden|embd|d_model|^d_ff$|^dff$|dims?$|channels|rank|width|ffn|intermediate|embed|groups$", width),
+    (r"hidden|embd|d_model|^d_ff$|^dff$|dims?$|channel|rank|width|ffn|intermediate|embed|groups$", width),
     (r"projection_size|projector|proj_size|output_size$|^n_inner$|dimension$|_features$", width),
 ]
 _COMPILED = [(re.compile(pattern), rule) for pattern, rule in _RULES]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .inputs import BATCH, FRAMES, TARGET, TEXT, Maker, find, pair, sub_config
+from .inputs import BATCH, FRAMES, PADDED, TARGET, TEXT, Maker, find, pair, sub_config
 
 Inputs = dict[str, Any]
 
@@ -144,14 +144,80 @@ def _flattened_patches(maker: Maker, inputs: Inputs) -> None:
     inputs["flattened_patches"] = torch.cat([place.float(), maker.normal(BATCH, 12, size)], dim=-1)
 
 
+def _cross_attention(maker: Maker, inputs: Inputs) -> None:
+    inputs["encoder_hidden_states"] = maker.normal(BATCH, 5, maker.config.hidden_size)
+    inputs["encoder_attention_mask"] = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+
+
+def _vision_grid(maker: Maker, inputs: Inputs) -> None:
+    config = maker.config
+    inputs["pixel_values"] = maker.normal(BATCH * 16, config.in_channels * config.patch_size**2)
+    inputs["grid_thw"] = torch.tensor([[1, 4, 4]] * BATCH)
+
+
+def _gemma4_vision(maker: Maker, inputs: Inputs) -> None:
+    place = torch.stack([torch.arange(36) % 6, torch.arange(36) // 6], dim=-1).expand(BATCH, -1, -1).clone()
+    place[0, 27:] = -1  # padding patches
+    inputs["pixel_values"] = maker.normal(BATCH, 36, 3 * maker.config.patch_size**2)
+    inputs["pixel_position_ids"] = place
+
+
+def _minicpm_vision(maker: Maker, inputs: Inputs) -> None:
+    patch = maker.config.patch_size
+    inputs["pixel_values"] = maker.normal(1, 3, patch, BATCH * 16 * patch)
+    inputs["target_sizes"] = torch.tensor([[4, 4]] * BATCH, dtype=torch.int32)
+
+
 def _qwen2_audio(maker: Maker, inputs: Inputs) -> None:
-    inputs["feature_attention_mask"] = torch.ones(BATCH, FRAMES, dtype=torch.long)
-    inputs["attention_mask"] = torch.ones(BATCH, TEXT + 16, dtype=torch.long)
+    audio = torch.full((BATCH, FRAMES // 4), find(maker.config, "audio_token_index", "audio_token_id"))
+    inputs["input_ids"] = torch.cat([maker.ids(BATCH, PADDED), audio, maker.ids(BATCH, TEXT - PADDED)], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
 
 
 def _codec(maker: Maker, inputs: Inputs) -> None:
     inputs["input_values"] = maker.normal(BATCH, 1, 3200)
     inputs["input_features"] = maker.normal(BATCH, 10, find(maker.config, "feature_projection_input_dim"))
+    inputs["input_features_mask"] = torch.ones(BATCH, 10, dtype=torch.long)
+
+
+def _molmo2(maker: Maker, inputs: Inputs) -> None:
+    patch = maker.config.vision_config.patch_size
+    pooled = torch.arange(BATCH * 16).view(BATCH * 4, 4)  # four patches for each of four image tokens
+    inputs |= {
+        "pixel_values": maker.normal(BATCH, 16, 3 * patch * patch),
+        "image_token_pooling": pooled,
+        "image_grids": torch.tensor([[2, 2, 0, 0]] * BATCH),
+        "image_num_crops": torch.ones(BATCH, dtype=torch.long),
+    }
+
+
+def _esmfold2(maker: Maker, inputs: Inputs) -> None:
+    module = importlib.import_module(type(maker.model).__module__)
+    config, tokens, atoms = maker.config, 6, 18
+    owner = (torch.arange(atoms) // 3).expand(BATCH, -1)
+    position = torch.arange(tokens).expand(BATCH, -1)
+    zeros = torch.zeros(BATCH, tokens, dtype=torch.long)
+    inputs |= {
+        "token_index": position,
+        "residue_index": position,
+        "asym_id": zeros,
+        "sym_id": zeros,
+        "entity_id": zeros,
+        "mol_type": zeros,
+        "res_type": torch.randint(0, 20, (BATCH, tokens), generator=maker.random),
+        "token_bonds": torch.zeros(BATCH, tokens, tokens, 1),
+        "attention_mask": torch.ones(BATCH, tokens, dtype=torch.long),
+        "input_ids": torch.randint(4, 24, (BATCH, tokens), generator=maker.random),
+        "atom_inputs": module.EsmFold2AtomInputs(
+            ref_pos=maker.normal(BATCH, atoms, 3),
+            ref_charge=torch.zeros(BATCH, atoms),
+            atom_attention_mask=torch.ones(BATCH, atoms, dtype=torch.bool),
+            ref_element=torch.randint(1, 20, (BATCH, atoms), generator=maker.random),
+            ref_atom_name_chars=torch.randint(1, 20, (BATCH, atoms, config.max_chars), generator=maker.random),
+            ref_space_uid=owner,
+            atom_to_token=owner,
+        ),
+    }
 
 
 def _audio_and_video(maker: Maker, inputs: Inputs) -> None:
@@ -163,7 +229,7 @@ def _tracking(maker: Maker, inputs: Inputs) -> None:
     """A video of two frames with one object, given by a point in the first; the second frame uses the memory."""
     module = importlib.import_module(type(maker.model).__module__)
     session_class = getattr(module, type(maker.model).__name__.replace("Model", "InferenceSession"))
-    size = pair(find(maker.config, "image_size"))[0]
+    size = pair(find(maker.config.prompt_encoder_config, "image_size"))[0]
     video = maker.normal(2, 3, size, size)
     session = session_class(video=video, video_height=size, video_width=size, dtype=torch.float32)
     index = session.obj_id_to_idx(1)
@@ -177,25 +243,36 @@ def _tracking(maker: Maker, inputs: Inputs) -> None:
 
 INPUTS: dict[str, Callable[[Maker, Inputs], None]] = {
     "audio_spectrogram_transformer": lambda m, x: x.update(input_values=m.normal(BATCH, 64, 32)),
+    "bert/decoder": _cross_attention,
+    "bert_generation/decoder": _cross_attention,
     "blt": lambda m, x: x.update(use_cache=False),
+    "camembert/decoder": _cross_attention,
     "canary": _time_first("num_mel_bins"),
     "clap": lambda m, x: x.update(input_features=m.normal(BATCH, 1, 64, 32)),
     "cohere_asr": _time_first("num_mel_bins"),
     "csm": drop("input_values"),
+    "data2vec_text/decoder": _cross_attention,
     "decision_transformer": _decision_transformer,
     "dia": lambda m, x: x.update(decoder_input_ids=m.ids(BATCH, TARGET, 9)),
     "dots3_note": drop("input_features"),
+    "dots3_note/audio": lambda m, x: x.update(chunk_sample_lengths=torch.tensor([FRAMES * 160, FRAMES * 120])),
+    "edgetam": lambda m, x: x.update(pixel_values=m.normal(BATCH, 3, 64, 64)),
     "edgetam_video": _tracking,
     "efficientloftr": _images_each(2),
+    "electra/decoder": _cross_attention,
     "embedding_gemma2": drop("pixel_values", "input_features"),
     "emu3": drop("pixel_values"),
+    "ernie/decoder": _cross_attention,
+    "esmfold2": _esmfold2,
+    "evolla/protein": lambda m, x: x.update(attention_mask=torch.ones(BATCH, TEXT, dtype=torch.long)),
     "fun_asr_nano": lambda m, x: x.update(
         input_features=m.normal(BATCH, FRAMES, 560), input_features_mask=torch.ones(BATCH, FRAMES, dtype=torch.long)
     ),
-    "gemma3n": drop("pixel_values", "input_features"),
     "gemma4": drop("pixel_values", "input_features"),
+    "gemma4/vision": _gemma4_vision,
     "gemma4_unified": drop("pixel_values", "input_features"),
     "glm_image": drop("pixel_values", "image_grid_thw"),
+    "glm_image/vision": _vision_grid,
     "granite4_vision": drop("pixel_values"),
     "granite_docling": _images_each(pixel_attention_mask=lambda m: torch.ones(BATCH, 1, dtype=torch.bool)),
     "granite_speech5": lambda m, x: x.update(input_features=m.normal(BATCH, FRAMES, 320)),
@@ -214,8 +291,12 @@ INPUTS: dict[str, Callable[[Maker, Inputs], None]] = {
     "lightglue": _images_each(2),
     "maskformer": lambda m, x: x.update(pixel_values=m.normal(BATCH, 3, 96, 96)),
     "mimi": lambda m, x: x.update(input_values=m.normal(BATCH, 1, 4 * 1920)),
+    "minicpm_ocr/vision": _minicpm_vision,
+    "minicpmv4_6/vision": _minicpm_vision,
+    "minicpmv4_7/vision": _minicpm_vision,
     "mistral_large4": lambda m, x: x.update(image_sizes=torch.tensor([[32, 32]] * BATCH)),
     "mllama": _mllama,
+    "molmo2": _molmo2,
     "moss_transcribe_diarize": lambda m, x: x.update(padding_mask=torch.ones(BATCH, 10000, dtype=torch.long)),
     "muse_glimmer_assistant": lambda m, x: x.update(
         noise_embeds=m.normal(BATCH, 4, 64), context_hidden_states=m.normal(BATCH, 6, 64 * 2)
@@ -239,15 +320,22 @@ INPUTS: dict[str, Callable[[Maker, Inputs], None]] = {
     "pe_audio": lambda m, x: x.update(input_values=m.normal(BATCH, 1, 4 * 1920)),
     "pe_audio_video": _audio_and_video,
     "pe_video": _video(lambda config: 4),
+    "phi4_multimodal/audio": lambda m, x: x.update(hidden_states=m.normal(BATCH, FRAMES, 32), mask=None),
     "pix2struct": _flattened_patches,
     "pocket_tts_audio_tokenizer": lambda m, x: x.update(input_values=m.normal(BATCH, 1, 7680)),
     "pop2piano": lambda m, x: x.update(input_features=m.normal(BATCH, 8, 64), input_ids=None),
     "pp_doclayout_v3": lambda m, x: x.update(pixel_values=m.normal(BATCH, 3, 128, 128)),
-    "pp_ocrv5_mobile_rec": lambda m, x: x.update(pixel_values=m.normal(BATCH, 3, 48, 64)),
+    "pp_ocrv5_mobile_rec": lambda m, x: x.update(pixel_values=m.normal(BATCH, 3, 96, 256)),
     "pp_ocrv5_server_rec": lambda m, x: x.update(pixel_values=m.normal(BATCH, 3, 48, 64)),
     "pp_ocrv6_small_rec": lambda m, x: x.update(pixel_values=m.normal(BATCH, 3, 48, 64)),
     "qwen2_audio": _qwen2_audio,
     "qwen3_asr": lambda m, x: x.update(input_features=m.normal(BATCH, 128, 100)),
+    "qwen3_omni_moe/code2wav": lambda m, x: x.update(codes=m.ids(BATCH, 16, 4)),
+    "qwen3_omni_moe/code_predictor": lambda m, x: x.update(inputs_embeds=m.normal(BATCH, TEXT, 64), input_ids=None),
+    "roberta/decoder": _cross_attention,
+    "roberta_prelayernorm/decoder": _cross_attention,
+    "roc_bert/decoder": _cross_attention,
+    "sam2": lambda m, x: x.update(pixel_values=m.normal(BATCH, 3, 64, 64)),
     "sam2_video": _tracking,
     "sam3_tracker_video": _tracking,
     "seamless_m4t": _time_first("feature_projection_input_dim"),
@@ -264,8 +352,12 @@ INPUTS: dict[str, Callable[[Maker, Inputs], None]] = {
     "videoprism": _video(lambda config: config.num_frames),
     "vivit": _video(lambda config: config.num_frames, "pixel_values"),
     "vjepa2": _video(lambda config: 4),
+    "vjepa2/classification": _video(lambda config: 4),
     "voxtral_realtime": lambda m, x: x.update(input_ids=m.ids(BATCH, 8)),
     "wav2vec2_bert": _time_first("feature_projection_input_dim"),
     "x_clip": _video(lambda config: config.num_frames, "pixel_values"),
     "xcodec2": _codec,
+    "xlm_roberta/decoder": _cross_attention,
+    "xlm_roberta_xl/decoder": _cross_attention,
+    "xmod/decoder": _cross_attention,
 }

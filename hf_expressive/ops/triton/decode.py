@@ -16,13 +16,13 @@ from torch import Tensor
 from ..problem import AttentionProblem
 from .launch import COMPILED, Call, tile_shape
 from .tiled_forward import absorb, finish, row_start
-from .tiles import finite, head_factor, is_kept, matmul, row_bounds, row_hash, row_place, weigh
+from .tiles import exp, finite, head_factor, is_kept, matmul, row_bounds, row_hash, row_place, weigh
 
 _MAX_SPLITS = 128
 _INTERPRETED_PROGRAMS = 6
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+@triton.jit
 def split_kernel(
     query,
     key_tiles,
@@ -109,7 +109,7 @@ def split_kernel(
     tl.store(sums + row[:, None] * VALUE_SIZE + size[None, :], accumulator, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_queries", "splits"])
+@triton.jit(do_not_specialize=["splits"])
 def combine_kernel(
     sums,
     totals,
@@ -135,7 +135,7 @@ def combine_kernel(
     level = tl.load(tops + place, mask=split < splits, other=float("-inf"))
     used = total > 0.0
     top = tl.max(tl.where(used, level, float("-inf")), 0)
-    shrink = tl.where(used, tl.exp2(level - finite(top)), 0.0)
+    shrink = tl.where(used, exp(level - finite(top)), 0.0)
     size = tl.arange(0, BLOCK_E)
     inside = used[:, None] & (size < VALUE_SIZE)[None, :]
     part = tl.load(sums + place[:, None] * VALUE_SIZE + size[None, :], mask=inside, other=0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 import triton
@@ -43,46 +43,53 @@ class TileShape:
         }
 
 
-# Chosen by measurement on one H200 (bf16, causal, 4096 queries; recipes/benchmark.py); key: the larger
-# head size rounded up to a power of two. 227 KiB of shared memory.
-_LARGE = {
-    "forward": {
-        64: TileShape(128, 64, 8, 3),
-        128: TileShape(128, 64, 4, 2),
-        256: TileShape(128, 64, 8, 2),
-    },
-    "backward_key": {
-        64: TileShape(64, 64, 4, 3),
-        128: TileShape(64, 128, 8, 3),
-        256: TileShape(64, 64, 8, 1),
-    },
-    "backward_query": {
-        64: TileShape(128, 64, 8, 3),
-        128: TileShape(128, 64, 8, 3),
-        256: TileShape(64, 64, 8, 1),
-    },
+# Chosen by measurement on one H200 (bf16, causal, 4096 queries; recipes/benchmark.py); 227 KiB of
+# shared memory. Key: kernel, then the larger head size rounded up to a power of two.
+_PLAIN = {
+    "forward": {64: TileShape(128, 64, 8, 3), 128: TileShape(128, 64, 4, 2)},
+    "backward_key": {64: TileShape(64, 64, 4, 3), 128: TileShape(64, 64, 4, 2)},
+    "backward_query": {64: TileShape(128, 64, 8, 3), 128: TileShape(128, 64, 8, 3)},
+}
+# Additive log-weights, other responses and masks need more registers.
+_RICH = {
+    "forward": {64: TileShape(128, 64, 4, 3), 128: TileShape(128, 64, 4, 2), 256: TileShape(128, 64, 8, 2)},
+    "backward_key": {64: TileShape(64, 64, 4, 3), 128: TileShape(64, 64, 4, 2), 256: TileShape(64, 64, 8, 2)},
+    "backward_query": {64: TileShape(128, 64, 8, 3), 128: TileShape(128, 64, 8, 3), 256: TileShape(128, 32, 8, 2)},
     "backward_bias": {64: TileShape(64, 64, 4, 2), 128: TileShape(64, 64, 4, 2), 256: TileShape(64, 32, 4, 1)},
     "decode": {64: TileShape(16, 128, 4, 3), 128: TileShape(16, 64, 4, 3), 256: TileShape(16, 32, 4, 3)},
 }
-# Wherever less shared memory or a wider dtype leaves no room for the shapes above.
+# Wherever there is less shared memory; and for float32, whose exact products fill registers.
 _SMALL = {64: TileShape(64, 32, 4, 2), 128: TileShape(32, 32, 4, 2), 256: TileShape(16, 32, 4, 1)}
+_EXACT = {64: TileShape(32, 32, 8, 1), 128: TileShape(16, 16, 8, 1), 256: TileShape(16, 16, 8, 1)}
 # The interpreter runs one program at a time: large tiles are fastest, these still make several of them.
 _INTERPRETED = TileShape(32, 32, 4, 1)
+_LARGE_SHARED_MEMORY = 220 * 1024  # bytes
 
 
 def tile_shape(kernel: str, call: Call) -> TileShape:
     """The tile shape of a kernel for a call's head sizes, dtype and device."""
+    problem = call.problem
     size = max(64, call.block_d, call.block_e)
-    if kernel == "decode":
-        rows = max(16, triton.next_power_of_2(call.problem.group * call.num_queries))
-        shape = _LARGE["decode"][size] if COMPILED else _INTERPRETED
-        return TileShape(rows, shape.block_n, shape.num_warps, shape.num_stages)
     if not COMPILED:
-        return _INTERPRETED
-    shared = torch.cuda.get_device_properties(call.problem.query.device).shared_memory_per_block_optin
-    if shared < 220 * 1024 or call.problem.query.dtype == torch.float32 or call.wide:
-        return _SMALL[size]
-    return _LARGE[kernel][size]
+        shape = _INTERPRETED
+    elif problem.query.dtype == torch.float32:
+        shape = _EXACT[size]
+    elif call.wide or _shared_memory(problem.query.device) < _LARGE_SHARED_MEMORY:
+        shape = _SMALL[size]
+    elif call.bare:
+        shape = _PLAIN.get(kernel, {}).get(size) or _RICH[kernel][size]
+    else:
+        shape = _RICH[kernel][size]
+    if kernel == "decode":
+        rows = max(16, triton.next_power_of_2(problem.group * call.num_queries))
+        shape = TileShape(rows, shape.block_n, shape.num_warps, shape.num_stages)
+    return shape
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program may use."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def _strides(tensor: Tensor | None, count: int) -> list[int]:
@@ -177,6 +184,12 @@ class Call:
         )
 
     @property
+    def bare(self) -> bool:
+        """Whether tiles hold little beside scores and weights: `plain`, bounded by rows alone."""
+        problem = self.problem
+        return self.plain and problem.mask is None and problem.ranges is None and problem.dropout == 0.0
+
+    @property
     def wide(self) -> bool:
         """Whether weights outgrow float16 (z² is unbounded), so that they meet the values in tf32."""
         return self.problem.query.dtype == torch.float16 and self.problem.response.kind == "square"
@@ -196,8 +209,9 @@ class Call:
             "plain": self.plain,
             # Extreme scales would overflow, a learned one may become extreme, and gradients without
             # the scale sink below the range of float16.
-            "folded": self.plain
+            "folded": (self.plain or response.kind == "square")
             and not half
+            and problem.softcap is None
             and problem.gain is None
             and 1e-4 <= abs(problem.scale) <= 1e4,
             "shifted": self.shifted,

@@ -21,8 +21,9 @@ from torch import Tensor
 from ..problem import AttentionProblem
 from .launch import Call, tile_shape
 from .tiles import (
-    LOG2_E,
     add_matmul,
+    exp,
+    finite,
     head_factor,
     is_kept,
     is_visible,
@@ -36,7 +37,7 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["num_queries"])
+@triton.jit
 def prepare_kernel(
     out,
     grad_out,
@@ -68,7 +69,7 @@ def prepare_kernel(
     product = tl.sum(gradient * value.to(tl.float32), 1)
     if PRESCALED:
         total = tl.load(log_normalizer + row, mask=query < num_queries, other=0.0)
-        inverse = tl.where(total == float("-inf"), 0.0, tl.exp2(-total * LOG2_E))
+        inverse = tl.where(total == float("-inf"), 0.0, exp(-total))
         product = product * inverse
         gradient = gradient * inverse[:, None]
         tl.store(
@@ -81,21 +82,19 @@ def prepare_kernel(
 
 @triton.jit
 def row_level(rule, total):
-    """What e takes from the row: log₂ of the normaliser if weights are shifted, else its inverse."""
+    """What e takes of the normaliser: its logarithm if weights are shifted, else its inverse."""
     empty = total == float("-inf")
     if rule.shifted:
-        return tl.where(empty, float("inf"), total * LOG2_E)
+        return tl.where(empty, float("inf"), total)
     else:
-        return tl.where(empty, 0.0, tl.exp2(-total * LOG2_E))
+        return tl.where(empty, 0.0, exp(-total))
 
 
 @triton.jit
-def gradient_tile(
+def weight_and_slope(
     rule,
     terms,
     product,
-    grad_weight,
-    delta,
     level,
     factor,
     inverse,
@@ -109,26 +108,28 @@ def gradient_tile(
     partial,
     PRESCALED: tl.constexpr,
 ):
-    """(kept weights, d(log-weight), dz without `slope_factor`) of a tile from q·k and dout·v.
+    """(normalised weights, e g'(z) without `slope_factor`) of a tile from q·k.
 
-    `level` is that of `row_level`; with `PRESCALED` it is not read and weights are not normalised.
+    `level` is that of `row_level`; with `PRESCALED` it is not read and nothing is normalised.
     flat_head = batch · H + head.
     """
     batch = flat_head // heads
     head = flat_head % heads
-    if rule.plain:
-        score = product
-        if not rule.folded:
-            score = product * factor
-    else:
-        score = score_of(terms, product, factor)
+    score = score_of(rule, terms, product, factor)
     if rule.shifted:
         additive = log_weight(
-            rule, terms, score, batch, head, flat_head // group, query, key, num_queries, num_keys
+            rule, terms, score, inverse, batch, head, flat_head // group, query, key, num_queries, num_keys
         )
-        # The shape of the tile, and by naming the score also its layout.
-        additive = tl.where(score == score, additive, 0.0)
-    if partial:
+    if rule.keyed:
+        if partial:
+            visible = is_visible(terms, batch, head, query, key, num_queries, num_keys)
+            # Naming the score keeps the tile in the layout of products.
+            additive = tl.where(visible & (score == score), additive, float("-inf"))
+            boost = exp(additive - level)
+        else:  # exponentials of single keys and single rows
+            peak = finite(tl.max(additive))
+            boost = exp(additive - peak) * exp(peak - level)
+    elif partial:
         visible = is_visible(terms, batch, head, query, key, num_queries, num_keys)
         if rule.shifted:
             additive = tl.where(visible, additive, float("-inf"))
@@ -137,31 +138,40 @@ def gradient_tile(
     if rule.plain:
         weight, slope = plain_weight_and_slope(score, inverse, rule)
     else:
-        weight, slope = response_and_slope(score, rule)
+        weight, slope = response_and_slope(score, inverse, rule)
         if terms.cap is not None:
             ratio = score / terms.cap
             slope = slope * (1.0 - ratio * ratio)
-    if rule.shifted:
-        boost = tl.exp2(additive - level)
+    if rule.keyed:
+        weight = weight * boost
+        slope = slope * boost
+    elif rule.shifted:
+        boost = exp(additive - level)
         weight = weight * boost
         slope = slope * boost
     elif not PRESCALED:
         weight = weight * level
         slope = slope * level
-    kept = weight
+    return weight, slope
+
+
+@triton.jit
+def keep(rule, terms, weight, grad_weight, flat_head, query, key):
+    """Dropout of the weights, without its factor, and of their gradient, with it."""
     if rule.threshold > 0:
-        keep = is_kept(row_hash(terms, flat_head, query), key, rule)
-        kept = tl.where(keep, weight, 0.0)
-        grad_weight = tl.where(keep, grad_weight * terms.keep_scale, 0.0)
-    grad_weight = grad_weight - delta
-    return kept, weight * grad_weight, slope * grad_weight
+        kept = is_kept(row_hash(terms, flat_head, query), key, rule)
+        return tl.where(kept, weight, 0.0), tl.where(kept, grad_weight * terms.keep_scale, 0.0)
+    else:
+        return weight, grad_weight
 
 
 @triton.jit
 def slope_factor(rule, factor, inverse):
     """The constant that `gradient_tile` leaves out of dz."""
-    if rule.folded:
+    if rule.folded and rule.plain:
         return 2.0 * inverse
+    elif rule.folded:
+        return 1.0
     elif rule.plain:
         return 2.0 * factor
     else:
@@ -177,7 +187,7 @@ def store_rows(pointer, flat_head, row, length, tile, SIZE: tl.constexpr, BLOCK:
     tl.store(pointer + place, tile.to(pointer.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_tiles"])
+@triton.jit(do_not_specialize=["num_tiles"])
 def backward_key_kernel(
     query_tiles,
     key_tiles,
@@ -279,18 +289,22 @@ def backward_key_kernel(
                 query_end = tl.minimum(query_start + BLOCK_M, num_queries)
                 partial = partial | (query_end + diagonal - terms.left > key_start)
 
+        column, row = key[:, None], query[None, :]
+        weight, slope = weight_and_slope(
+            rule, terms, product, level, factor, inverse, flat_head, heads, GROUP, row, column,
+            num_queries, num_keys, partial, PRESCALED,
+        )  # fmt: skip
         grad_tile = grad_tiles.load([batch, head, query_start, 0]).reshape(BLOCK_M, BLOCK_E)
         grad_weight = matmul(value_tile, grad_tile.T, rule)
-        kept, grad_log, grad_score = gradient_tile(
-            rule, terms, product, grad_weight, row_delta, level, factor, inverse, flat_head, heads,
-            GROUP, query[None, :], key[:, None], num_queries, num_keys, partial, PRESCALED,
-        )  # fmt: skip
+        kept, grad_weight = keep(rule, terms, weight, grad_weight, flat_head, row, column)
+        grad_weight = grad_weight - row_delta
+        grad_score = slope * grad_weight
         if terms.gain is not None:
             grad_score = grad_score * slope_factor(rule, factor, inverse)
         value_sum = add_matmul(value_sum, kept.to(grad_tile.dtype), grad_tile, rule)
         key_sum = add_matmul(key_sum, grad_score.to(query_tile.dtype), query_tile, rule)
         if grad_key_bias is not None:
-            bias_sum += tl.sum(grad_log, 1)
+            bias_sum += tl.sum(weight * grad_weight, 1)
 
     if terms.gain is None:
         key_sum = key_sum * slope_factor(rule, scale, inverse)
@@ -302,7 +316,7 @@ def backward_key_kernel(
         tl.store(grad_key_bias + place, bias_sum, mask=key < num_keys)
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+@triton.jit
 def backward_query_kernel(
     query_tiles,
     key_tiles,
@@ -357,19 +371,21 @@ def backward_query_kernel(
         key_tile = key_tiles.load([batch, key_head, offset, 0]).reshape(BLOCK_N, BLOCK_D)
         value_tile = value_tiles.load([batch, key_head, offset, 0]).reshape(BLOCK_N, BLOCK_E)
         product = matmul(query_tile, key_tile.T, rule)
-        grad_weight = matmul(grad_tile, value_tile.T, rule)
         key = (offset + tl.arange(0, BLOCK_N))[None, :]
         partial = (offset < inner_start) | (offset + BLOCK_N > inner_end) | rule.masked
-        kept, grad_log, grad_score = gradient_tile(
-            rule, terms, product, grad_weight, row_delta, level, factor, inverse, flat_head, heads,
-            group, query[:, None], key, num_queries, num_keys, partial, PRESCALED,
+        weight, slope = weight_and_slope(
+            rule, terms, product, level, factor, inverse, flat_head, heads, group, query[:, None], key,
+            num_queries, num_keys, partial, PRESCALED,
         )  # fmt: skip
+        grad_weight = matmul(grad_tile, value_tile.T, rule)
+        kept, grad_weight = keep(rule, terms, weight, grad_weight, flat_head, query[:, None], key)
+        grad_score = slope * (grad_weight - row_delta)
         query_sum = add_matmul(query_sum, grad_score.to(key_tile.dtype), key_tile, rule)
     query_sum = query_sum * slope_factor(rule, factor, inverse)
     store_rows(grad_query, flat_head, query, num_queries, query_sum, KEY_SIZE, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+@triton.jit
 def backward_bias_kernel(
     query_tiles,
     key_tiles,
@@ -416,18 +432,23 @@ def backward_bias_kernel(
         known = query < num_queries
         row_delta = tl.load(delta + row, mask=known, other=0.0)[:, None]
         level = row_level(rule, tl.load(log_normalizer + row, mask=known, other=float("-inf")))
+        factor = head_factor(terms, scale, head)
+        inverse = 1.0
+        if rule.folded:
+            inverse = 1.0 / (factor * factor)
         query_tile = query_tiles.load([batch, head, query_start, 0]).reshape(BLOCK_M, BLOCK_D)
         key_tile = key_tiles.load([batch, key_head, key_start, 0]).reshape(BLOCK_N, BLOCK_D)
         product = matmul(query_tile, key_tile.T, rule)
         grad_tile = grad_tiles.load([batch, head, query_start, 0]).reshape(BLOCK_M, BLOCK_E)
         value_tile = value_tiles.load([batch, key_head, key_start, 0]).reshape(BLOCK_N, BLOCK_E)
         grad_weight = matmul(grad_tile, value_tile.T, rule)
-        kept, grad_log, grad_score = gradient_tile(
-            rule, terms, product, grad_weight, row_delta, level[:, None], head_factor(terms, scale, head),
-            1.0, flat_head, heads, group, query[:, None], key[None, :], num_queries, num_keys,
-            key_start >= 0, False,
+        row, column = query[:, None], key[None, :]
+        weight, slope = weight_and_slope(
+            rule, terms, product, level[:, None], factor, inverse, flat_head, heads, group, row, column,
+            num_queries, num_keys, key_start >= 0, False,
         )  # fmt: skip
-        total_sum += grad_log
+        kept, grad_weight = keep(rule, terms, weight, grad_weight, flat_head, row, column)
+        total_sum += weight * (grad_weight - row_delta)
     key = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     query = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     if bias_queries == 1:

@@ -11,8 +11,8 @@ from ..problem import AttentionProblem
 from .launch import Call, tile_shape
 from .tiles import (
     LN_2,
-    LOG2_E,
     TINY,
+    exp,
     finite,
     head_factor,
     is_kept,
@@ -27,6 +27,9 @@ from .tiles import (
     score_of,
     weigh,
 )
+
+# Rows count weights as far as e^-60 below the highest: 34 decades under the largest, normal in float32.
+_STEADY = tl.constexpr(60.0)
 
 
 @triton.jit
@@ -51,32 +54,28 @@ def absorb(
     """The weights of a tile from q·k, and the running sums with those weights counted in.
 
     Returns:
-        weight: the tile's weights times 2^(−top).
+        weight: the tile's weights times exp(−top).
         accumulator, total: rescaled to the new `top`; `total` includes the tile, `accumulator` not.
-        top: running maximum of the additive log-weights of each row, in units of ln 2.
+        top: running maximum of the additive log-weights of each row.
     """
-    if rule.plain:
-        if not rule.folded:
-            score = score * factor
-    else:
-        score = score_of(terms, score, factor)
+    score = score_of(rule, terms, score, factor)
     if rule.shifted:
         additive = log_weight(
-            rule, terms, score, batch, head, key_row, query, key, num_queries, num_keys
+            rule, terms, score, inverse, batch, head, key_row, query, key, num_queries, num_keys
         )
     if rule.keyed:
-        weight = response(score, rule)
+        weight = response(score, inverse, rule)
         if partial:
             visible = is_visible(terms, batch, head, query, key, num_queries, num_keys)
             # The weight, always ≥ 0, is named here only to keep the tile in the layout of products.
             shown = tl.where(visible & (weight >= 0.0), additive, float("-inf"))
             raised = tl.maximum(top, tl.max(shown, 1))
-            weight = weight * tl.exp2(shown - finite(raised)[:, None])
+            weight = weight * exp(shown - finite(raised)[:, None])
         else:  # exponentials of single keys and single rows
             peak = tl.max(additive, 1)
             raised = tl.maximum(top, peak)
-            boost = tl.exp2(additive - finite(peak)[:, None])
-            weight = weight * boost * tl.exp2(peak - finite(raised))[:, None]
+            boost = exp(additive - finite(peak)[:, None])
+            weight = weight * boost * exp(peak - finite(raised))[:, None]
     else:
         if partial:
             visible = is_visible(terms, batch, head, query, key, num_queries, num_keys)
@@ -87,12 +86,12 @@ def absorb(
         if rule.plain:
             weight = plain_weight(score, inverse, rule)
         else:
-            weight = response(score, rule)
+            weight = response(score, inverse, rule)
         if rule.shifted:
             raised = tl.maximum(top, tl.max(additive, 1))
-            weight = weight * tl.exp2(additive - finite(raised)[:, None])
+            weight = weight * exp(additive - finite(raised)[:, None])
     if rule.shifted:
-        shrink = tl.exp2(top - finite(raised))
+        shrink = exp(top - finite(raised))
         accumulator = accumulator * shrink[:, None]
         total = total * shrink
         top = raised
@@ -101,24 +100,135 @@ def absorb(
 
 @triton.jit
 def finish(terms, batch, head, query, total, top, num_queries):
-    """(factor that normalises the accumulator, log normaliser) from Σ w · 2^(−top) and top.
+    """(factor that normalises the accumulator, log normaliser) from Σ w · exp(−top) and top.
 
     The sink joins here; a row that saw nothing gets (0, −inf).
     """
     if terms.sinks is not None:
         place = row_place(batch, head, query, terms.sinks_batch, terms.sinks_head, terms.sinks_query)
         sink = tl.load(terms.sinks + place, mask=query < num_queries, other=float("-inf"))
-        sink = sink.to(tl.float32) * LOG2_E
+        sink = sink.to(tl.float32)
         above = finite(tl.maximum(top, sink))
-        shrink = tl.exp2(top - above)
-        total = total * shrink + tl.exp2(sink - above)
+        shrink = exp(top - above)
+        total = total * shrink + exp(sink - above)
     else:
         above = finite(top)
         shrink = tl.where(top == float("-inf"), 0.0, 1.0)
     seen = total >= TINY
     total = tl.where(seen, total, 1.0)
     factor = tl.where(seen, shrink / total, 0.0)
-    return factor, tl.where(seen, (tl.log2(total) + above) * LN_2, float("-inf"))
+    return factor, tl.where(seen, tl.log2(total) * LN_2 + above, float("-inf"))
+
+
+@triton.jit
+def absorb_steadily(
+    rule,
+    terms,
+    score,
+    total,
+    shift,
+    factor,
+    inverse,
+    batch,
+    head,
+    key_row,
+    query,
+    key,
+    num_queries,
+    num_keys,
+    partial,
+):
+    """`absorb` where the additive log-weight depends on the key alone and `shift` is near every row's top."""
+    score = score_of(rule, terms, score, factor)
+    additive = log_weight(
+        rule, terms, score, inverse, batch, head, key_row, query, key, num_queries, num_keys
+    )
+    weight = response(score, inverse, rule) * exp(additive - shift)
+    if partial:
+        visible = is_visible(terms, batch, head, query, key, num_queries, num_keys)
+        weight = tl.where(visible, weight, 0.0)
+    return weight, total + tl.sum(weight, 1)
+
+
+@triton.jit
+def steady_shift(rule, peaks, inverse, first, last, inner_start, inner_end, num_keys, BLOCK_N: tl.constexpr):
+    """(the highest log-weight of the keys first to last, whether it is near every row's own maximum).
+
+    Every row sees the inner keys, so that its own maximum is at least theirs.
+    """
+    outer = first * 0.0 - float("inf")
+    inner = outer
+    for chunk in range(first // BLOCK_N, tl.cdiv(last, BLOCK_N), 256):
+        tile = chunk + tl.arange(0, 256)
+        start = tile * BLOCK_N
+        peak = tl.load(peaks + tile, mask=start < last, other=float("-inf"))
+        outer = tl.maximum(outer, tl.max(peak, 0))
+        peak = tl.where((start >= inner_start) & (start + BLOCK_N <= inner_end), peak, float("-inf"))
+        inner = tl.maximum(inner, tl.max(peak, 0))
+    if rule.folded:
+        outer -= tl.log2(inverse) * LN_2
+        inner -= tl.log2(inverse) * LN_2
+    return outer, outer - inner < _STEADY
+
+
+@triton.jit
+def walk(
+    query_tile,
+    key_tiles,
+    value_tiles,
+    accumulator,
+    total,
+    top,
+    shift,
+    rule,
+    terms,
+    factor,
+    inverse,
+    flat_head,
+    heads,
+    group,
+    query,
+    first,
+    last,
+    inner_start,
+    inner_end,
+    num_queries,
+    num_keys,
+    STEADY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Counts in the keys first to last: (Σ w·v, Σ w, top), both sums times exp(−top)."""
+    batch = flat_head // heads
+    head = flat_head % heads
+    key_head = head // group
+    key_row = flat_head // group
+    if rule.threshold > 0:
+        hashed = row_hash(terms, flat_head, query)
+    # One loop, with the mask behind a branch: two loops would fill the load pipeline twice.
+    for offset in tl.range(first, last, BLOCK_N):
+        key_tile = key_tiles.load([batch, key_head, offset, 0]).reshape(BLOCK_N, BLOCK_D)
+        score = matmul(query_tile, key_tile.T, rule)
+        key = (offset + tl.arange(0, BLOCK_N))[None, :]
+        partial = (offset < inner_start) | (offset + BLOCK_N > inner_end) | rule.masked
+        if STEADY:
+            weight, total = absorb_steadily(
+                rule, terms, score, total, shift, factor, inverse, batch, head, key_row,
+                query, key, num_queries, num_keys, partial,
+            )  # fmt: skip
+        else:
+            weight, accumulator, total, top = absorb(
+                rule, terms, score, accumulator, total, top, factor, inverse, batch, head, key_row,
+                query, key, num_queries, num_keys, partial,
+            )  # fmt: skip
+        if rule.threshold > 0:
+            weight = tl.where(is_kept(hashed, key, rule), weight, 0.0)
+        value_tile = value_tiles.load([batch, key_head, offset, 0]).reshape(BLOCK_N, BLOCK_E)
+        accumulator = weigh(accumulator, weight, value_tile, rule)
+    if STEADY:
+        top = tl.zeros_like(total) + shift
+    return accumulator, total, top
 
 
 @triton.jit
@@ -131,11 +241,12 @@ def row_start(rule, BLOCK_M: tl.constexpr):
         return total, total
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+@triton.jit
 def forward_kernel(
     query_tiles,
     key_tiles,
     value_tiles,
+    peaks,
     out,
     log_normalizer,
     rule,
@@ -155,10 +266,7 @@ def forward_kernel(
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     batch = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
-    key_head = head // group
-    key_row = tl.program_id(0) // group
     query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = query[:, None]
 
     factor = head_factor(terms, scale, head)
     inverse = 1.0
@@ -169,27 +277,34 @@ def forward_kernel(
     last = tl.max(tl.where(start < end, end, 0), 0)
     inner_start = tl.max(start, 0)
     inner_end = tl.min(end, 0)
-    if rule.threshold > 0:
-        hashed = row_hash(terms, tl.program_id(0), column)
 
     query_tile = query_tiles.load([batch, head, tile * BLOCK_M, 0]).reshape(BLOCK_M, BLOCK_D)
     accumulator = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     total, top = row_start(rule, BLOCK_M)
 
-    # One loop, with the mask behind a branch: two loops would fill the load pipeline twice.
-    for offset in tl.range(first, last, BLOCK_N):
-        key_tile = key_tiles.load([batch, key_head, offset, 0]).reshape(BLOCK_N, BLOCK_D)
-        score = matmul(query_tile, key_tile.T, rule)
-        key = (offset + tl.arange(0, BLOCK_N))[None, :]
-        partial = (offset < inner_start) | (offset + BLOCK_N > inner_end) | rule.masked
-        weight, accumulator, total, top = absorb(
-            rule, terms, score, accumulator, total, top, factor, inverse, batch, head, key_row,
-            column, key, num_queries, num_keys, partial,
+    if peaks is not None:
+        peaks += (tl.program_id(0) // group).to(tl.int64) * tl.cdiv(num_keys, BLOCK_N)
+        shift, steady = steady_shift(
+            rule, peaks, inverse, first, last, inner_start, inner_end, num_keys, BLOCK_N
+        )
+        if steady:
+            accumulator, total, top = walk(
+                query_tile, key_tiles, value_tiles, accumulator, total, top, shift, rule, terms, factor,
+                inverse, tl.program_id(0), heads, group, query[:, None], first, last, inner_start,
+                inner_end, num_queries, num_keys, True, BLOCK_N, BLOCK_D, BLOCK_E,
+            )  # fmt: skip
+        else:
+            accumulator, total, top = walk(
+                query_tile, key_tiles, value_tiles, accumulator, total, top, shift, rule, terms, factor,
+                inverse, tl.program_id(0), heads, group, query[:, None], first, last, inner_start,
+                inner_end, num_queries, num_keys, False, BLOCK_N, BLOCK_D, BLOCK_E,
+            )  # fmt: skip
+    else:
+        accumulator, total, top = walk(
+            query_tile, key_tiles, value_tiles, accumulator, total, top, 0.0, rule, terms, factor,
+            inverse, tl.program_id(0), heads, group, query[:, None], first, last, inner_start,
+            inner_end, num_queries, num_keys, False, BLOCK_N, BLOCK_D, BLOCK_E,
         )  # fmt: skip
-        if rule.threshold > 0:
-            weight = tl.where(is_kept(hashed, key, rule), weight, 0.0)
-        value_tile = value_tiles.load([batch, key_head, offset, 0]).reshape(BLOCK_N, BLOCK_E)
-        accumulator = weigh(accumulator, weight, value_tile, rule)
 
     normalise, log_total = finish(terms, batch, head, query, total, top, num_queries)
     accumulator = accumulator * (normalise * (terms.keep_scale / rule.lift))[:, None]
@@ -202,6 +317,16 @@ def forward_kernel(
         mask=inside[:, None] & (size < VALUE_SIZE)[None, :],
     )
     tl.store(log_normalizer + row, log_total, mask=inside)
+
+
+def _peaks(call: Call, block_n: int) -> Tensor | None:
+    """The highest key bias of each tile of keys, (B · K, tiles), where rows need no maximum of their own."""
+    key_bias = call.terms.key_bias
+    if key_bias is None or not call.rule.keyed.value or call.rule.masked.value:
+        return None
+    rest = -call.num_keys % block_n
+    padded = torch.nn.functional.pad(key_bias.flatten(0, 1), (0, rest), value=-torch.inf)
+    return padded.unflatten(1, (-1, block_n)).amax(-1)
 
 
 def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
@@ -220,6 +345,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         call.tiles(problem.query, shape.block_m),
         call.tiles(problem.key, shape.block_n),
         call.tiles(problem.value, shape.block_n),
+        _peaks(call, shape.block_n),
         out,
         log_normalizer,
         call.rule,

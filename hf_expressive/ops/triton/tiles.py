@@ -39,7 +39,8 @@ class Rule(NamedTuple):
         kind: `HILL`, `SQUARE` or `EXP`; power, epsilon, limit: see `response.Response`.
         threshold: dropout threshold of the 32-bit hash, 0 without dropout.
         plain: Hill response of power 1 of a bare product: no softcap, no additive log-weight.
-        folded: with `plain`, scale² sits in the constant of s² / (s² + 1/scale²), not in the score.
+        folded: scale² is not in the score: with `plain` it sits in s² / (s² + 1/scale²), with `SQUARE`
+            in the additive log-weight.
         shifted: weights carry an additive log-weight, so that rows need its running maximum.
         keyed: with `shifted`, that log-weight depends on the key alone.
         masked: visibility does not follow from the bounds of the rows alone.
@@ -164,10 +165,11 @@ def is_visible(terms, batch, head, query, key, num_queries, num_keys):
 
 
 @triton.jit
-def log_weight(rule, terms, score, batch, head, key_row, query, key, num_queries, num_keys):
-    """The additive log-weight of the tile in units of ln 2; −inf where the bias hides the key.
+def log_weight(rule, terms, score, inverse, batch, head, key_row, query, key, num_queries, num_keys):
+    """The additive log-weight of the tile; −inf where the bias hides the key.
 
     key_row = batch · K + key/value head. With `rule.keyed` one value a key, shaped like `key`.
+    With `rule.folded` it includes the scale² that `response` leaves out.
     """
     additive = tl.zeros_like(key).to(tl.float32)
     if rule.kind == EXP:
@@ -175,13 +177,21 @@ def log_weight(rule, terms, score, batch, head, key_row, query, key, num_queries
     if terms.key_bias is not None:
         place = key_row.to(tl.int64) * num_keys + key
         additive += tl.load(terms.key_bias + place, mask=key < num_keys, other=0.0)
+    if rule.folded:
+        additive -= tl.log2(inverse) * LN_2
     if terms.bias is not None:
         place = row_place(batch, head, query, terms.bias_batch, terms.bias_head, terms.bias_query)
         place = place + key.to(tl.int64) * terms.bias_key
         inside = (key < num_keys) & (query < num_queries)
         value = tl.load(terms.bias + place, mask=inside, other=0.0).to(tl.float32)
         additive = tl.where(value > _HIDDEN, additive + value, float("-inf"))
-    return additive * LOG2_E
+    return additive
+
+
+@triton.jit
+def exp(x):
+    """eˣ. Differences are taken before the change of base, which would round both terms."""
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
@@ -203,9 +213,11 @@ def tanh(x):
 
 
 @triton.jit
-def score_of(terms, product, factor):
-    """z from q·k."""
-    score = product * factor
+def score_of(rule, terms, product, factor):
+    """z from q·k; q·k itself with `rule.folded`."""
+    score = product
+    if not rule.folded:
+        score = product * factor
     if terms.cap is not None:
         score = terms.cap * tanh(score / terms.cap)
     return score
@@ -248,25 +260,25 @@ def hill_parts(score, rule):
 
 
 @triton.jit
-def response(score, rule):
-    """g(z); 1 for "exp", whose score is part of the log-weight."""
+def response(score, inverse, rule):
+    """g(z); 1 for "exp", whose score is part of the log-weight; g(z) / scale² with `rule.folded`."""
     if rule.kind == HILL:
         raised, over, rest = hill_parts(score, rule)
         return raised * rest
     elif rule.kind == SQUARE:
-        return score * score + rule.epsilon
+        return score * score + rule.epsilon * inverse
     else:
         return tl.zeros_like(score) + 1.0
 
 
 @triton.jit
-def response_and_slope(score, rule):
-    """g(z) and dg/dz; for "exp" both without the factor exp(z)."""
+def response_and_slope(score, inverse, rule):
+    """`response` and its derivative; for "exp" both without the factor exp(z)."""
     if rule.kind == HILL:
         raised, over, rest = hill_parts(score, rule)
         return raised * rest, over * rest * rest * (2.0 * rule.power)
     elif rule.kind == SQUARE:
-        return score * score + rule.epsilon, 2.0 * score
+        return score * score + rule.epsilon * inverse, 2.0 * score
     else:
         one = tl.zeros_like(score) + 1.0
         return one, one
