@@ -1,12 +1,14 @@
 """New attention mechanisms for Hugging Face Transformers.
 
-Importing this package registers `"expressive"` as an `attn_implementation` of Transformers.
+Importing this package registers `"expressive"` and `"implicit_kernel"` as attention implementations of
+Transformers.
 """
 
 __version__ = "0.1.0"
 
 from . import ops
-from .config import ExpressiveConfig
+from .auxiliary import auxiliary_loss, modules_to_save
+from .config import ExpressiveConfig, ImplicitKernelConfig
 from .discovery import supported_architectures
 from .explain import explain
 from .hooks import install as _install
@@ -19,10 +21,13 @@ _install()
 
 __all__ = [
     "ExpressiveConfig",
+    "ImplicitKernelConfig",
     "VerificationError",
     "attach",
+    "auxiliary_loss",
     "detach",
     "explain",
+    "modules_to_save",
     "ops",
     "supported_architectures",
     "verify",

@@ -172,7 +172,11 @@ def _first_integer(module: nn.Module, names: tuple[str, ...]) -> int | None:
     """The first of these attributes that is an integer, of the module and then of its config."""
     for source in (module, getattr(module, "config", None)):
         for name in names:
-            value = getattr(source, name, None)
+            try:
+                value = getattr(source, name, None)
+            except RuntimeError:
+                # A heterogeneous config cannot tell what differs between its layers.
+                continue
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
     return None

@@ -43,7 +43,6 @@ from .discovery import (
     asks_registry,
     attention_modules,
     computes_own_attention,
-    foreign_modules,
 )
 from .registry import MECHANISMS, options_of
 
@@ -224,9 +223,14 @@ def _set_attn_implementation(
         # Transformers only logs where a class cannot be switched.
         asked = attn_implementation if isinstance(attn_implementation, str) else ""
         if asked in MECHANISMS:
-            patcher.refuse_foreign(model, foreign_modules(model), asked)
+            patcher.refuse_foreign(model, patcher.foreign_parts(model), asked)
             if not attention_modules(model):
                 raise ValueError(patcher.no_attention(model, asked))
+        for found in attention_modules(model):
+            # Some parts hold a copy of a config that belongs to no sub-model.
+            config = patcher.own_config(found.module)
+            if config is not None and patcher.implementation(found.owner) in MECHANISMS:
+                config._attn_implementation_internal = patcher.implementation(found.owner)
         patcher.prepare(model)
     except BaseException:
         before.restore()

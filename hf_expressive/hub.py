@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 from transformers.modelcard import TASK_MAPPING
 
-from .config import SECTION
+from .config import SECTION, MechanismConfig, read_section
 from .registry import MECHANISMS, options_of
 
 #: Where the template lies: beside this file in an installed wheel, in `model_cards/` of a checkout.
@@ -130,15 +130,16 @@ def render_card(
             f"but this {type(model).__name__} runs attn_implementation={mechanism!r}; call "
             "hf_expressive.attach(model, config) first."
         )
-    options = options_of(model.config, mechanism).to_dict()
+    config = options_of(model.config, mechanism)
     # A checkpoint remembers the version that wrote it; a model made just now has the installed one.
-    version = {**options, **(getattr(model.config, SECTION) or {})}["version"]
-    del options["version"], options["mechanism"]
+    options = {**config.to_dict(), **(getattr(model.config, SECTION) or {})}
+    version = options.pop("version")
+    del options["mechanism"]
     architecture = type(model).__name__
     tag = _pipeline_tag(architecture)
     name = name or (model_id or f"{model.config.model_type}-{mechanism}").rsplit("/", 1)[-1]
     about = _ABOUT[mechanism]
-    outcome = None if results is None else _Outcome.read(results, mechanism, options, seed)
+    outcome = None if results is None else _Outcome.read(results, config, seed)
 
     data = ModelCardData(
         base_model=_listed(base_model),
@@ -198,22 +199,22 @@ class _Outcome:
     def read(
         cls,
         results: Mapping[str, Any],
-        mechanism: str,
-        options: Mapping[str, Any],
+        config: MechanismConfig,
         seed: int | None,
     ) -> _Outcome:
         missing = [key for key in ("task", "runs", "summary") if key not in results]
         if missing:
             raise ValueError(f"results lacks {', '.join(missing)}; see render_card for its form.")
-        attention = {"mechanism": mechanism, **options}
         runs = [
             run
             for run in results["runs"]
-            if {**run["attention"], "version": None} == {**attention, "version": None}
+            if run["attention"]["mechanism"] == config.mechanism
+            # Read, not compared as it stands: an older record lacks the options that came later.
+            and read_section(run["attention"]) == config
         ]
         if not runs:
             raise ValueError(
-                f"results holds no run with the attention of this model, {attention}; it holds "
+                f"results holds no run with the attention of this model, {config}; it holds "
                 f"{', '.join(results['summary'])}."
             )
         own = None

@@ -55,12 +55,14 @@ class CompactMask(torch.Tensor):
     Attributes:
         start, end: see `KeyRanges`. key_mask: its `keys`, which is a name that `torch.compile` needs.
         pattern: the same knowledge without data, where that is enough; else `None`.
+        packing: the last position ids looked at for packed sequences, and what was found.
     """
 
     start: Tensor
     end: Tensor
     key_mask: Tensor | None
     pattern: Pattern | None
+    packing: tuple[Tensor, KeyRanges | None] | None
 
     @staticmethod
     def __new__(
@@ -79,6 +81,7 @@ class CompactMask(torch.Tensor):
         )
         mask.start, mask.end, mask.key_mask = ranges.start, ranges.end, ranges.keys
         mask.pattern = pattern
+        mask.packing = None
         return mask
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -317,21 +320,29 @@ def packed_ranges(boundaries_q: Tensor, boundaries_k: Tensor, num_queries: int) 
     return KeyRanges(start[None].to(torch.int32), end[None].to(torch.int32))
 
 
-def packed_boundaries(position_ids: Tensor) -> Tensor | None:
-    """Cumulative lengths of sequences packed in one row, read off positions that start again at 0.
+def packed_rows(position_ids: Tensor) -> KeyRanges | None:
+    """Ranges of rows that hold several sequences each, read off positions that start again at 0.
 
     Args:
-        position_ids: (1, query).
+        position_ids: (batch or 1, query).
 
     Returns:
-        (sequences + 1,) int32, or `None` if the row holds one sequence.
+        For each query the range of its own sequence, or `None` where no row holds two sequences or
+        positions jump to anything but 0.
     """
-    row = position_ids[0]
-    restarts = (row[1:] - row[:-1] != 1).nonzero()[:, 0] + 1
-    if restarts.numel() == 0 or not bool((row[restarts] == 0).all()):
+    length = position_ids.shape[1]
+    restart = torch.ones_like(position_ids, dtype=torch.bool)
+    restart[:, 1:] = position_ids[:, 1:] - position_ids[:, :-1] != 1
+    inner = restart[:, 1:]
+    if not bool(inner.any() & (position_ids[:, 1:][inner] == 0).all()):
         return None
-    ends = restarts.new_tensor([0]), restarts, restarts.new_tensor([row.shape[0]])
-    return torch.cat(ends).to(torch.int32)
+    index = torch.arange(length, device=position_ids.device).expand(position_ids.shape)
+    start = torch.where(restart, index, 0).cummax(dim=1).values
+    # The end of a sequence is the next restart.
+    following = torch.where(restart, index, length).roll(-1, dims=1)
+    following[:, -1] = length
+    end = following.flip(1).cummin(dim=1).values.flip(1)
+    return KeyRanges(start.to(torch.int32), end.to(torch.int32))
 
 
 def intersect(one: KeyRanges, other: KeyRanges) -> KeyRanges:

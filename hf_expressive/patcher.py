@@ -15,13 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .attention.base import Mechanism
 from .config import SECTION, MechanismConfig
-from .discovery import (
-    AttentionModule,
-    attention_modules,
-    foreign_modules,
-    num_heads,
-    num_key_value_heads,
-)
+from .discovery import AttentionModule, attention_modules, foreign_modules
 from .registry import CHILD, MECHANISMS, options_of
 
 Children = list[tuple[AttentionModule, Mechanism]]
@@ -49,7 +43,7 @@ def attach(model: PreTrainedModel, config: MechanismConfig) -> PreTrainedModel:
         )
     name = config.mechanism
     found = attention_modules(model)
-    refuse_foreign(model, foreign_modules(model), name)
+    refuse_foreign(model, foreign_parts(model), name)
     if not found:
         raise ValueError(no_attention(model, name))
     children = make_children(found, config)
@@ -96,6 +90,12 @@ def detach(model: PreTrainedModel, attn_implementation: str = "sdpa") -> PreTrai
     return model
 
 
+def foreign_parts(model: PreTrainedModel) -> list[AttentionModule]:
+    """The foreign attention that an implementation set for the whole model is meant to reach."""
+    reached = {id(config) for config in configs_of(model.config)}
+    return [found for found in foreign_modules(model) if id(found.owner.config) in reached]
+
+
 def prepare(model: PreTrainedModel) -> None:
     """Gives every attention module whose config asks for a mechanism its child, if it has none.
 
@@ -124,6 +124,12 @@ def prepare(model: PreTrainedModel) -> None:
 def record(config: PreTrainedConfig, options: MechanismConfig) -> None:
     """Writes the options down where a config has none: defaults may change, a checkpoint must not."""
     config.__dict__.setdefault(SECTION, options.to_dict())
+
+
+def own_config(module: nn.Module) -> PreTrainedConfig | None:
+    """The config that an attention module itself holds; it asks this one for the implementation."""
+    config = getattr(module, "config", None)
+    return config if isinstance(config, PreTrainedConfig) else None
 
 
 def carries_mechanism(module: nn.Module) -> bool:
@@ -155,12 +161,7 @@ def make_children(modules: list[AttentionModule], options: MechanismConfig) -> C
     children = []
     for found in modules:
         try:
-            child = entry.module(
-                options,
-                layer=found.layer,
-                heads=num_heads(found.module),
-                kv_heads=num_key_value_heads(found.module),
-            )
+            child = entry.module.of(options, found)
         except ValueError as error:
             raise ValueError(f"{found.name}: {error}") from None
         parameter = next((p for p in found.module.parameters() if p.is_floating_point()), None)
@@ -253,9 +254,9 @@ class Snapshot:
     @classmethod
     def take(cls, model: PreTrainedModel) -> Snapshot:
         modules = [found.module for found in attention_modules(model)]
-        configs = {
-            id(config): config for part in submodels(model) for config in configs_of(part.config)
-        }
+        parts = [part.config for part in submodels(model)]
+        parts += [config for config in map(own_config, modules) if config is not None]
+        configs = {id(config): config for part in parts for config in configs_of(part)}
         return cls(
             [(module, module._modules.get(CHILD)) for module in modules],
             [

@@ -53,6 +53,8 @@ def parse(options: Sequence[Any], script: str, description: str | None) -> tuple
         usage=f"accelerate launch [options of Accelerate] recipes/{script} [options]",
         description=description,
         formatter_class=_HelpFormatter,
+        # `--step` is a misspelt option, not a short one.
+        allow_abbrev=False,
     )
     try:
         return parser.parse_args_into_dataclasses()
@@ -136,3 +138,11 @@ class Attention:
         if self.options is not None:
             setattr(config, SECTION, self.options)
         return from_config(config, attn_implementation=self.implementation)
+
+    def load(
+        self, from_pretrained: Callable[..., PreTrainedModel], checkpoint: str, **options: Any
+    ) -> PreTrainedModel:
+        """A checkpoint with this attention, by an auto class's `from_pretrained` and its options."""
+        if self.options is not None:
+            options[SECTION] = self.options
+        return from_pretrained(checkpoint, attn_implementation=self.implementation, **options)

@@ -31,6 +31,7 @@ import evaluate
 import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from arguments import ATTENTION_HELP, Attention, option, parse, require, require_at_least
 from datasets import Dataset, DatasetDict, Features, List, Value
@@ -61,20 +62,26 @@ class TaskOptions:
     basis: int = option(16, "N: how many different symbols there are")
     delay: int = option(5, "τ: how far back the older of the two addends lies")
     length: int = option(32, "symbols in a sequence")
-    train_size: int = option(65536, "different sequences to train on")
+    train_size: int = option(
+        None,
+        "different sequences to train on; without it 65536, or all others where there are fewer",
+    )
     validation_size: int = option(
         2048, "different sequences to measure on, none of them trained on"
     )
 
     def __post_init__(self) -> None:
         require_at_least(self, 2, "basis", "delay")
-        require_at_least(self, 1, "train_size", "validation_size")
         require(
             self.length > self.delay,
             f"--length must exceed --delay, which is {self.delay}, or no symbol is determined; got "
             f"{self.length}.",
         )
-        wanted, there_are = self.train_size + self.validation_size, self.basis**self.delay
+        there_are = self.basis**self.delay
+        if self.train_size is None:
+            self.train_size = max(1, min(65536, there_are - self.validation_size))
+        require_at_least(self, 1, "train_size", "validation_size")
+        wanted = self.train_size + self.validation_size
         require(
             wanted <= there_are,
             f"NT({self.basis}, {self.delay}) has only {there_are} different sequences, but "
@@ -92,7 +99,7 @@ class ModelOptions:
     width: int = option(32, "size of the hidden state; the feed-forward layer's is four times that")
     layers: int = option(1, "number of layers")
     heads: int = option(1, "attention heads in a layer; must divide --width")
-    initializer_range: float | None = option(
+    initializer_range: float = option(
         None,
         "standard deviation of the initial weights; without it width^-0.5, which keeps the size of "
         "what passes through (the 0.02 of Transformers is made for wide models)",
@@ -123,11 +130,11 @@ class TrainingOptions:
         default_factory=lambda: [0, 1, 2],
         metadata={"help": "one run of each kind of attention for each of these"},
     )
-    steps: int = option(1500, "optimiser steps of a run")
+    steps: int = option(1000, "optimiser steps of a run")
     batch_size: int = option(256, "sequences in a step, over all processes and accumulated batches")
     gradient_accumulation_steps: int = option(1, "batches that a step is put together from")
     learning_rate: float = option(2e-3, "of Adam, constant")
-    evaluate_every: int = option(50, "steps between two measurements")
+    evaluate_every: int = option(25, "steps between two measurements")
 
     def __post_init__(self) -> None:
         require_at_least(
@@ -149,7 +156,17 @@ class OutputOptions:
 
     output_dir: str = option("outputs/nt_prediction", "folder for results, picture and models")
     overwrite: bool = option(False, "replace the results that the output folder already holds")
-    report_to: str = option("none", "tracker of Accelerate (tensorboard, wandb, …), all, or none")
+    report_to: str = option(
+        "none", "tracker of Accelerate (tensorboard, wandb, …), all that are installed, or none"
+    )
+
+    def __post_init__(self) -> None:
+        installed = [kind.value for kind in get_available_trackers()]
+        require(
+            self.report_to in ("none", "all", *installed),
+            "--report_to must be none, all or an installed tracker "
+            f"({', '.join(installed) or 'there is none'}); got {self.report_to!r}.",
+        )
 
 
 @dataclass(frozen=True)

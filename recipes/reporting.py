@@ -236,7 +236,7 @@ def print_table(record: Record, console: Console | None = None) -> None:
     """The comparison: mean and spread of the metric for each variant, and each run's value."""
     metric = record.task["metric"]
     table = Table(title=f"{record.task['name']}: {metric['name']}", title_style="bold")
-    table.add_column("attention")
+    table.add_column("attention", overflow="fold")
     table.add_column("mean ± deviation", justify="right", no_wrap=True)
     table.add_column("seed: value", justify="right")
     table.add_column("parameters", justify="right", no_wrap=True)
@@ -254,12 +254,10 @@ def print_table(record: Record, console: Console | None = None) -> None:
     (console or Console()).print(table)
 
 
-def plot(record: Record, path: Path) -> None:
+def draw(record: Record) -> Figure:
     """The metric against the training step: a thin line a run, a thick one for each variant's mean.
 
-    Args:
-        record: runs of one variant must share their steps.
-        path: of the picture; its ending tells the format.
+    Runs of one variant must share their steps.
     """
     metric = record.task["metric"]
     figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
@@ -282,16 +280,21 @@ def plot(record: Record, path: Path) -> None:
             label="blind guess",
         )
     axes.set(xlabel="training step", ylabel=metric["name"], title=record.task["name"])
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, max(run.curve["step"][-1] for run in record.runs))
     if "range" in metric:
         low, high = metric["range"]
         axes.set_ylim(low, high + 0.03 * (high - low))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, loc="best")
+    axes.legend(frameon=False, loc="best", handlelength=3)
+    return figure
+
+
+def plot(record: Record, path: Path) -> None:
+    """Writes the picture of `draw`; the ending of `path` tells the format."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    draw(record).savefig(path)
 
 
 def main() -> None:

@@ -194,10 +194,24 @@ def test_card_describes_the_options() -> None:
     assert "| `scale` | 0.5 |" in plain
     assert "| `power` | 1 |" in plain
     assert "takes the place of softmax attention.\n" in plain
-    layers = render_card(tiny(hf_expressive.ExpressiveConfig(softmax_layers=(1,)))).text
-    assert "softmax attention, except in the layers 1.\n" in layers
-    heads = render_card(tiny(hf_expressive.ExpressiveConfig(softmax_heads=1))).text
-    assert "softmax attention, except in the first 1 heads of every layer.\n" in heads
+
+
+@pytest.mark.parametrize(
+    ("hybrid", "words"),
+    [
+        ({"softmax_layers": (1,)}, "except in layer 1."),
+        ({"softmax_layers": (0, 1)}, "except in layers 0, 1."),
+        ({"softmax_heads": 1}, "except in 1 head of every layer."),
+        ({"softmax_heads": 2}, "except in 2 heads of every layer."),
+        (
+            {"softmax_layers": (0,), "softmax_heads": 2},
+            "except in layer 0 and in 2 heads of the others.",
+        ),
+    ],
+)
+def test_card_tells_where_softmax_remains(hybrid: dict[str, Any], words: str) -> None:
+    text = render_card(tiny(hf_expressive.ExpressiveConfig(**hybrid))).text
+    assert f"takes the place of softmax attention, {words}\n" in text
 
 
 def test_card_tells_the_version_that_saved_the_model() -> None:
@@ -244,6 +258,12 @@ def test_softmax_model_gets_no_card() -> None:
     model = hf_expressive.detach(tiny())
     with pytest.raises(ValueError, match=r"runs attn_implementation='sdpa'; call hf_expressive"):
         render_card(model)
+
+
+def test_record_from_before_an_option_existed_is_understood() -> None:
+    results = copy.deepcopy(RESULTS)
+    del results["runs"][1]["attention"]["softmax_heads"]
+    assert "seed 0, share of hits 0.8750" in render_card(tiny(), results=results, seed=0).text
 
 
 def test_results_of_another_variant_are_refused() -> None:

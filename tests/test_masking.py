@@ -30,8 +30,8 @@ from hf_expressive.masking import (
     CompactMask,
     compact_mask,
     intersect,
-    packed_boundaries,
     packed_ranges,
+    packed_rows,
     ranges_of,
     selected_blocks,
     selected_keys,
@@ -321,13 +321,19 @@ def test_packed_ranges() -> None:
     assert torch.equal(visible, expected)
 
 
-def test_packed_boundaries() -> None:
-    assert packed_boundaries(_POSITIONS).tolist() == [0, 5, 8, 13]  # type: ignore[union-attr]
-    assert packed_boundaries(torch.arange(5, 11)[None]) is None
+def test_packed_rows() -> None:
+    ranges = packed_rows(_POSITIONS)
+    assert ranges is not None
+    assert ranges.start.tolist() == [[0] * 5 + [5] * 3 + [8] * 5]
+    assert ranges.end.tolist() == [[5] * 5 + [8] * 3 + [13] * 5]
+    assert packed_rows(torch.arange(5, 11)[None]) is None
     # Positions that jump without starting again are not packed sequences.
-    assert packed_boundaries(torch.tensor([[0, 1, 2, 7, 8]])) is None
-    # One token after another, each a sequence of its own.
-    assert packed_boundaries(torch.zeros(1, 3, dtype=torch.long)).tolist() == [0, 1, 2, 3]  # type: ignore[union-attr]
+    assert packed_rows(torch.tensor([[0, 1, 2, 7, 8]])) is None
+    # One row of several may hold a single sequence.
+    rows = packed_rows(torch.tensor([[0, 1, 2, 3], [0, 0, 1, 2]]))
+    assert rows is not None
+    assert rows.start.tolist() == [[0, 0, 0, 0], [0, 1, 1, 1]]
+    assert rows.end.tolist() == [[4, 4, 4, 4], [1, 4, 4, 4]]
 
 
 @pytest.mark.parametrize("keys", [(False, False), (True, False), (False, True), (True, True)])

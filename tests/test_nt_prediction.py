@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import hf_expressive
+from hf_expressive.hub import render_card
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = REPOSITORY / "recipes"
@@ -108,7 +109,7 @@ def test_metric_in_two_parts_is_the_metric_of_the_whole(metric: evaluate.Evaluat
 
 
 def test_metric_takes_another_ignored_value(metric: evaluate.EvaluationModule) -> None:
-    found = metric.compute(predictions=[[1, 2], [3]], references=[[0, 2], [0]], ignore_index=0)
+    found = metric.compute(predictions=[[0, 2], [3]], references=[[0, 2], [0]], ignore_index=0)
     assert found == {"accuracy": 1.0, "correct": 1, "total": 1}
 
 
@@ -185,6 +186,7 @@ def test_measured_accuracy_counts_exactly_the_determined_symbols(tmp_path: Path)
         (recipe.TaskOptions, {"basis": 1}, "--basis must be at least 2, got 1"),
         (recipe.TaskOptions, {"delay": 32}, "--length must exceed --delay, which is 32"),
         (recipe.TaskOptions, {"basis": 2, "delay": 4}, "only 16 different sequences"),
+        (recipe.TaskOptions, {"validation_size": 0}, "--validation_size must be at least 1"),
         (recipe.ModelOptions, {"heads": 3}, "--heads must divide --width, which is 32; got 3"),
         (recipe.ModelOptions, {"initializer_range": 0.0}, "--initializer_range must be positive"),
         (recipe.TrainingOptions, {"steps": 0}, "--steps must be at least 1, got 0"),
@@ -201,6 +203,77 @@ def test_measured_accuracy_counts_exactly_the_determined_symbols(tmp_path: Path)
 def test_bad_options_are_refused_by_name(options: type, values: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         options(**values)
+
+
+def test_training_takes_what_is_left_of_a_small_task() -> None:
+    assert recipe.TaskOptions().train_size == 65536
+    assert recipe.TaskOptions(basis=8).train_size == 8**5 - 2048
+    assert recipe.ModelOptions(width=16).initializer_range == 0.25
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    """The recipe's main function with a command line, without a GPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(sys, "argv", ["nt_prediction.py", *options])
+    recipe.main()
+
+
+def test_help_explains_every_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, "--help")
+    assert end.value.code == 0
+    told = capsys.readouterr().out
+    for group in (
+        recipe.TaskOptions,
+        recipe.ModelOptions,
+        recipe.TrainingOptions,
+        recipe.OutputOptions,
+    ):
+        assert f"{group._argument_group_name}:" in told
+        for field in fields(group):
+            assert f"--{field.name}" in told
+            assert len(field.metadata["help"]) > 10
+    assert "    accelerate launch recipes/nt_prediction.py\n" in told
+    assert "(default: 16)" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--heads", "5"], "--heads must divide --width, which is 32; got 5."),
+        (["--step", "5"], "Some specified arguments are not used"),
+        (["--report_to", "paper"], "--report_to must be none, all or an installed tracker ("),
+        (
+            ["--batch_size", "5", "--gradient_accumulation_steps", "2"],
+            "--batch_size must be a multiple of 2, processes × accumulated batches; got 5.",
+        ),
+    ],
+)
+def test_bad_command_line_ends_with_one_sentence(
+    options: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "untouched"
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, "--output_dir", str(folder), *options)
+    told = capsys.readouterr().err + str(end.value.code)
+    assert f"error: {sentence}" in told
+    assert not folder.exists()
+
+
+def test_results_are_not_replaced_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "results.json").write_text("precious")
+    with pytest.raises(
+        SystemExit, match=r"exists; choose another --output_dir, or pass --overwrite"
+    ):
+        call(monkeypatch, "--output_dir", str(tmp_path))
+    assert (tmp_path / "results.json").read_text() == "precious"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_attention_is_read_with_its_options() -> None:
@@ -295,22 +368,21 @@ def test_a_failed_write_leaves_the_old_file(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_picture_shows_every_run(tmp_path: Path) -> None:
-    from matplotlib import image
-
-    one, two = tmp_path / "one.png", tmp_path / "two.png"
-    reporting.plot(record([run("sdpa", 0, 0.5)]), one)
-    reporting.plot(record([run("sdpa", 0, 0.5), run("expressive", 0, 1.0)]), two)
-    vermillion = np.array([0xD5, 0x5E, 0x00]) / 255
-
-    def drawn(path: Path) -> int:
-        pixels = image.imread(path)[..., :3]
-        assert pixels.shape[0] >= 500
-        assert pixels.shape[1] >= 900
-        return int((np.abs(pixels - vermillion).max(axis=-1) < 0.02).sum())
-
-    assert drawn(one) == 0
-    assert drawn(two) > 500
+def test_picture_shows_every_run_and_the_means() -> None:
+    runs = [run("sdpa", 0, 0.5), run("sdpa", 1, 0.75), run("expressive", 0, 1.0)]
+    (axes,) = reporting.draw(record(runs)).axes
+    drawn = [(line.get_linewidth(), list(line.get_ydata())) for line in axes.lines]
+    thin = [values for width, values in drawn if width < 1]
+    thick = [values for width, values in drawn if width > 2]
+    assert thin == [[0.1, 0.5], [0.1, 0.75], [0.1, 1.0], [0.2, 0.2]]
+    assert thick == [[0.1, 0.625], [0.1, 1.0]]
+    assert list(axes.lines[0].get_xdata()) == [0, 2]
+    colours = {line.get_color() for line in axes.lines if line.get_linewidth() > 2}
+    assert colours == {"#0072B2", "#D55E00"}
+    legend = axes.get_legend()
+    assert legend is not None
+    told = [text.get_text() for text in legend.get_texts()]
+    assert told == ["sdpa", "expressive", "blind guess"]
 
 
 # ---- saved models --------------------------------------------------------------------------------
@@ -447,16 +519,6 @@ def test_run_writes_picture_table_and_cards(finished: tuple[Path, str]) -> None:
     assert output.count("loaded again, accuracy") == 4
 
 
-def test_run_does_not_replace_results_unasked(finished: tuple[Path, str]) -> None:
-    folder, _ = finished
-    before = (folder / "results.json").read_bytes()
-    python = [sys.executable, str(RECIPES / "nt_prediction.py")]
-    done = launch(python, [*TINY, "--output_dir", str(folder)])
-    assert done.returncode == 1
-    assert done.stderr.count("exists; choose another --output_dir, or pass --overwrite.") == 1
-    assert (folder / "results.json").read_bytes() == before
-
-
 def test_record_can_be_shown_again(finished: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = finished
     made = tmp_path / "again.png", tmp_path / "card.md"
@@ -471,22 +533,6 @@ def test_record_can_be_shown_again(finished: tuple[Path, str], tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert made[0].read_bytes() == (folder / "accuracy.png").read_bytes()
     assert made[1].read_text() == (model / "README.md").read_text()
-
-
-def test_help_explains_every_option() -> None:
-    done = launch([sys.executable, str(RECIPES / "nt_prediction.py")], ["--help"])
-    assert done.returncode == 0
-    for name in ("basis", "delay", "attention", "seeds", "architecture", "output_dir"):
-        assert f"--{name}" in done.stdout
-    assert "accelerate launch recipes/nt_prediction.py" in done.stdout
-    assert "(default: 16)" in done.stdout
-
-
-def test_bad_option_is_one_sentence() -> None:
-    done = launch([sys.executable, str(RECIPES / "nt_prediction.py")], ["--heads", "5"])
-    assert done.returncode == 2
-    assert "error: --heads must divide --width, which is 32; got 5." in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 #: Runs the recipe, and keeps every process's weights of every model that it saves.
@@ -558,3 +604,39 @@ def test_two_processes_train_the_model_of_one(tmp_path: Path) -> None:
     processes = [torch.load(tmp_path / "two" / f"{folder}-process{rank}.pt") for rank in (0, 1)]
     for key, value in processes[0].items():
         assert torch.equal(value, processes[1][key]), key
+
+
+# ---- what the repository publishes -------------------------------------------------------------
+
+
+def test_published_card_and_picture_belong_to_the_published_record(tmp_path: Path) -> None:
+    published = RECIPES / "results" / "nt_prediction.json"
+    content = json.loads(published.read_text(encoding="utf-8"))
+    settings = content["settings"]
+    assert settings["attention"] == ["sdpa", "expressive"]
+    assert len(content["runs"]) == 2 * len(settings["seeds"]) >= 6
+    defaults = {
+        key: value
+        for options in (recipe.TaskOptions, recipe.ModelOptions, recipe.TrainingOptions)
+        for key, value in asdict(options()).items()
+    }
+    assert settings == defaults, "the record was made with other settings than the recipe's own"
+
+    trained = next(run for run in content["runs"] if run["variant"] == "expressive")
+    config = recipe.model_config(recipe.ModelOptions(), recipe.TaskOptions())
+    config.hf_expressive = trained["attention"]
+    model = AutoModelForCausalLM.from_config(config)
+    name = "nt-16-5-expressive"
+    card = render_card(model, results=content, seed=trained["seed"], name=name)
+    published_card = REPOSITORY / "model_cards" / f"{name}.md"
+    assert published_card.read_text(encoding="utf-8") == f"{card}"
+
+    reporting.plot(reporting.Record.load(published), tmp_path / "again.png")
+    from matplotlib import image
+
+    again, picture = (
+        image.imread(path) for path in (tmp_path / "again.png", published.with_suffix(".png"))
+    )
+    assert again.shape == picture.shape
+    # Another version of Matplotlib or of its fonts may place letters a little differently.
+    assert np.abs(again - picture).mean() < 0.02

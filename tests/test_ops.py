@@ -429,6 +429,19 @@ def test_rows_without_weight(impl: str, how: str, sink: bool, tiles: None) -> No
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_sink_of_minus_infinity(impl: str) -> None:
+    """It is no sink, in rows that see nothing too."""
+    options, _ = masked(SIZE, "bool")
+    tensors = operands(SIZE)
+    sinks = torch.full((SIZE[1],), -torch.inf, dtype=torch.float64, requires_grad=True)
+    *actual, of_sinks = value_and_gradients(ours(impl), tensors, {**options, "sinks": sinks})
+    expected = value_and_gradients(ours(impl), tensors, options)
+    for one, other in zip(actual, expected, strict=True):
+        assert largest_error(one, other) < SAME_IN_FLOAT64
+    assert (of_sinks == 0).all()
+
+
 # ---- extremes -------------------------------------------------------------------------------------
 
 
@@ -460,18 +473,22 @@ def test_huge_scores(impl: str, power: float, dtype: torch.dtype, size: float) -
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0, 4.0])
-@pytest.mark.parametrize("factor", [0.0, 1e-30, 1e-12, 1e-3])
+@pytest.mark.parametrize("factor", [0.0, 1e-40, 1e-30, 1e-12, 1e-3])
 def test_tiny_scores(impl: str, power: float, factor: float) -> None:
     """Scores down to zero: finite everywhere, and zero where there is no weight at all."""
     tensors = operands(SIZE, torch.float32)
-    tensors[0] = (tensors[0].detach() * factor).requires_grad_()
+    # Half of it on either side, so that the scores and not the operands are denormal.
+    tensors[:2] = [(t.detach() * factor**0.5).requires_grad_() for t in tensors[:2]]
     out, *gradients = value_and_gradients(
         ours(impl), tensors, {"response": Response("hill", power=power)}
     )
     assert all(tensor.isfinite().all() for tensor in (out, *gradients))
     assert out.abs().max() <= tensors[2].abs().max()
-    if factor == 0.0:
-        assert all((tensor == 0).all() for tensor in (out, *gradients))
+    without = (out == 0).all(dim=-1)
+    assert (gradients[0][without] == 0).all()
+    if factor <= 1e-40:
+        assert without.all()
+        assert all((gradient == 0).all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -803,3 +820,18 @@ def test_memory_is_linear(direction: str, options: str, small_tiles: None) -> No
         largest.append(watch.largest_bytes)
     assert largest[1] <= 2.1 * largest[0]
     assert largest[1] < 8 * 512 * 512 / 16
+
+
+@pytest.mark.parametrize("impl", ["reference", "blockwise"])
+def test_autocast_rounds_the_operands_and_nothing_else(impl: Any) -> None:
+    """As with stock attention, operands of mixed dtypes become bfloat16; the rest stays float32."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 33, 16).unbind()
+    rounded = [tensor.bfloat16() for tensor in (query, key, value)]
+    expected = expressive_attention(*rounded, scale=1.0, is_causal=True, impl=impl)
+    leaves = [tensor.clone().requires_grad_() for tensor in (query, key)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = expressive_attention(*leaves, value.bfloat16(), scale=1.0, is_causal=True, impl=impl)
+        out.float().square().sum().backward()
+    assert torch.equal(out, expected)
+    assert all(leaf.grad is not None and leaf.grad.dtype == torch.float32 for leaf in leaves)

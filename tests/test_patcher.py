@@ -111,7 +111,7 @@ def test_learned_gain_scales_its_head() -> None:
     torch.testing.assert_close(logits(learned), logits(attach(llama(), ExpressiveConfig())))
     with torch.no_grad():
         for child in children(learned):
-            child.log_gain.fill_(1.5)
+            child.gain.log_gain.fill_(1.5)
     scale = 4**-0.5 * torch.tensor(1.5).exp().item()
     expected = logits(attach(llama(), ExpressiveConfig(scale=scale)))
     torch.testing.assert_close(logits(learned), expected)
@@ -123,7 +123,7 @@ def test_attach_again_replaces() -> None:
     attach(model, ExpressiveConfig(power=3.0))
     assert not any("log_gain" in name for name in model.state_dict())
     attach(model, ExpressiveConfig(scale="learned"))
-    assert all((child.log_gain == 0).all() for child in children(model))
+    assert all((child.gain.log_gain == 0).all() for child in children(model))
 
 
 def test_attach_keeps_mode_dtype_and_freezing() -> None:
@@ -131,7 +131,7 @@ def test_attach_keeps_mode_dtype_and_freezing() -> None:
     model.requires_grad_(False)
     model.train()
     attach(model, ExpressiveConfig(scale="learned"))
-    assert all(child.log_gain.dtype == torch.bfloat16 for child in children(model))
+    assert all(child.gain.log_gain.dtype == torch.bfloat16 for child in children(model))
     assert all(child.training for child in children(model))
     assert not any(p.requires_grad for n, p in model.named_parameters() if "log_gain" not in n)
 
@@ -417,4 +417,4 @@ def test_children_are_modules_of_their_attention() -> None:
     model = attach(llama(), ExpressiveConfig(scale="learned"))
     for found in attention_modules(model):
         assert found.module._modules[CHILD] is getattr(found.module, CHILD)
-        assert f"{found.name}.{CHILD}.log_gain" in model.state_dict()
+        assert f"{found.name}.{CHILD}.gain.log_gain" in model.state_dict()

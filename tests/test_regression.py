@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -12,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launching import ONE, RECIPES, TWO, launch
 from torch import nn
 
-REPOSITORY = Path(__file__).parents[1]
-RECIPES = REPOSITORY / "recipes"
 sys.path.insert(0, str(RECIPES))
 
 with warnings.catch_warnings():
@@ -23,11 +20,11 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
     import gpytorch  # noqa: F401
 
-import regression as recipe  # noqa: E402
-import regression_data as data  # noqa: E402
-import regression_models as models  # noqa: E402
-from arguments import Attention  # noqa: E402
-from reporting import Record  # noqa: E402
+import regression as recipe
+import regression_data as data
+import regression_models as models
+from arguments import Attention
+from reporting import Record
 
 
 def sine(count: int = 47) -> data.Points:
@@ -323,26 +320,6 @@ def test_spectral_mixture_has_five_components() -> None:
 # ---- whole runs ----------------------------------------------------------------------------------
 
 
-def launch(launcher: list[str], options: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", *launcher, str(RECIPES / "regression.py"), *options],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(REPOSITORY),
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-            "COLUMNS": "120",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-ACCELERATE = ["accelerate.commands.launch", "--config_file", str(RECIPES / "configs" / "cpu.yaml")]
-
-
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     points = sine()
@@ -359,7 +336,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("run") / "sine"
-    done = launch(ACCELERATE, [*options, "--output_dir", str(folder)])
+    done = launch(ONE, "regression.py", *options, "--output_dir", str(folder))
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -383,22 +360,34 @@ def test_run_records_both_rules(finished: tuple[Path, str]) -> None:
     assert "sine regression, held-out RMSE in m, mean ± deviation of 2 runs" in output
 
 
+def refusal(monkeypatch: pytest.MonkeyPatch, *options: str) -> str:
+    """What the recipe says when it ends at once."""
+    monkeypatch.setattr(sys, "argv", ["regression.py", *options])
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main()
+    return str(stopped.value)
+
+
 def test_run_does_not_replace_results_unasked(
-    finished: tuple[Path, str], options: list[str]
+    finished: tuple[Path, str], options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = finished
     before = (folder / "results.json").read_bytes()
-    done = launch(ACCELERATE, [*options, "--output_dir", str(folder)])
-    assert done.returncode != 0
-    assert "exists; choose another --output_dir, or pass --overwrite." in done.stderr
+    said = refusal(monkeypatch, *options, "--output_dir", str(folder))
+    assert said.endswith("exists; choose another --output_dir, or pass --overwrite.")
     assert (folder / "results.json").read_bytes() == before
+
+
+def test_bad_heads_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = refusal(monkeypatch, "--width", "60", "--output_dir", str(tmp_path / "none"))
+    assert said == "error: --width must be a multiple of the 8 heads of sdpa, got 60."
+    assert not (tmp_path / "none").exists()
 
 
 def test_two_processes_share_the_runs(
     finished: tuple[Path, str], options: list[str], tmp_path: Path
 ) -> None:
-    torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    done = launch(torchrun, [*options, "--output_dir", str(tmp_path)])
+    done = launch(TWO, "regression.py", *options, "--output_dir", str(tmp_path))
     assert done.returncode == 0, done.stderr
     two, one = (Record.load(path / "results.json") for path in (tmp_path, finished[0]))
     assert [(run.variant, run.seed) for run in two.runs] == [
@@ -407,9 +396,3 @@ def test_two_processes_share_the_runs(
     for ours, theirs in zip(two.runs, one.runs, strict=True):
         assert ours.final == pytest.approx(theirs.final, rel=1e-5)
     assert two.environment["hardware"]["processes"] == 2
-
-
-def test_bad_heads_are_one_sentence(tmp_path: Path) -> None:
-    done = launch(ACCELERATE, ["--width", "60", "--output_dir", str(tmp_path / "none")])
-    assert "error: --width must be a multiple of the 8 heads of sdpa, got 60." in done.stderr
-    assert not (tmp_path / "none").exists()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from ..config import MechanismConfig
+from ..discovery import AttentionModule, num_heads, num_key_value_heads
 from ..ops import KeyRanges
 from ..ops.functional import Implementation, attend
 from ..ops.response import Response
@@ -111,6 +113,16 @@ class Mechanism(nn.Module, ABC):
         self.softmax_heads = options.softmax_heads
         if heads is not None and kv_heads is not None:
             _check_softmax_heads(self.softmax_heads, heads, kv_heads)
+
+    @classmethod
+    def of(cls, options: MechanismConfig, found: AttentionModule) -> Self:
+        """The child for an attention module, its sizes read off the module; parameters are not set."""
+        return cls(
+            options,
+            layer=found.layer,
+            heads=num_heads(found.module),
+            kv_heads=num_key_value_heads(found.module),
+        )
 
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         """Output (batch, heads, query, value dim) and, if wanted, the weights."""

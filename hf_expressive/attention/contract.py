@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..masking import (
     CompactMask,
     intersect,
-    packed_boundaries,
     packed_ranges,
+    packed_rows,
     ranges_of,
     selected_blocks,
     selected_keys,
@@ -93,7 +93,7 @@ def _visibility(
 ) -> tuple[Tensor | KeyRanges | None, bool, int | None]:
     """(mask, is_causal, sliding_window) of a call."""
     num_queries, num_keys = query.shape[2], key.shape[2]
-    packed = _packed(query, attention_mask, kwargs)
+    packed = _packed(query, key, attention_mask, kwargs)
     if attention_mask is None:
         is_causal = kwargs.get("is_causal")
         if is_causal is None:
@@ -102,15 +102,19 @@ def _visibility(
         if is_causal and num_queries != num_keys:
             # Without a mask a longer key sequence is the tail of a static cache, not yet written.
             end = torch.arange(1, num_queries + 1, device=query.device, dtype=torch.int32)[None]
-            triangle = KeyRanges(torch.zeros_like(end), end.clamp(max=num_keys))
+            window = kwargs.get("sliding_window")
+            start = torch.zeros_like(end) if window is None else (end - window).clamp(min=0)
+            triangle = KeyRanges(start, end.clamp(max=num_keys))
             return (triangle if packed is None else intersect(triangle, packed)), False, None
         window = kwargs.get("sliding_window") if is_causal else None
         return packed, is_causal, window
     mask: Tensor | KeyRanges = attention_mask
     if isinstance(attention_mask, CompactMask):
+        if packed is None and attention_mask.pattern == "full":
+            return None, False, None
         fits = attention_mask.shape[2] == num_queries and attention_mask.shape[3] == num_keys
-        if packed is None and attention_mask.pattern is not None and fits:
-            return None, attention_mask.pattern == "causal", None
+        if packed is None and attention_mask.pattern == "causal" and fits:
+            return None, True, None
         ranges = ranges_of(attention_mask)
         # A mask of one query stands for all of them; one that is too long is cut, as eager does.
         rows = (ranges.start.shape[0], num_queries)
@@ -128,7 +132,7 @@ def _visibility(
 
 
 def _packed(
-    query: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]
+    query: Tensor, key: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]
 ) -> KeyRanges | None:
     """Sequences packed in one row, from cumulative lengths or from positions that start again."""
     lengths_q, lengths_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
@@ -136,19 +140,20 @@ def _packed(
         lengths_k = lengths_q if lengths_k is None else lengths_k
         return packed_ranges(lengths_q, lengths_k, query.shape[2])
     positions = kwargs.get("position_ids")
-    plain = isinstance(attention_mask, CompactMask) and attention_mask.pattern is not None
     if (
         positions is None
-        or not plain
         or not isinstance(attention_mask, CompactMask)
-        or positions.shape != (1, query.shape[2])
-        or query.shape[0] != 1
-        or query.shape[2] != attention_mask.shape[3]
+        or attention_mask.key_mask is not None
+        or attention_mask.pattern == "full"
+        or positions.dim() != 2
+        or not positions.shape[1] == query.shape[2] == key.shape[2] == attention_mask.shape[3]
         or torch.compiler.is_compiling()
     ):
         return None
-    boundaries = packed_boundaries(positions)
-    return None if boundaries is None else packed_ranges(boundaries, boundaries, query.shape[2])
+    # Looked at once a forward pass: every layer gets the same mask and the same positions.
+    if attention_mask.packing is None or attention_mask.packing[0] is not positions:
+        attention_mask.packing = (positions, packed_rows(positions))
+    return attention_mask.packing[1]
 
 
 def _restrict(mask: Tensor | KeyRanges | None, visible: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
 """Implicit kernel attention in an attention module: densities, magnitudes, conditioning, the call.
 
-Cost beside softmax attention: the features of the keys. A cache stores keys, not features, so a
-decoding step computes the features of all cached keys again.
+Cost beside softmax attention: the features. A cache stores keys, not features, so a decoding step
+computes the features of all cached keys again. Measured on one CPU core with 2048 cached keys, 8 heads
+of size 64 and M = 64, in processor time: a decoding step 17 to 44 ms, nine tenths of it features,
+against 1.5 to 3 ms for the RBF kernel and below 1 ms for torch's softmax attention; a causal pass over
+2048 tokens 200 to 270 ms, against 130 to 170 and 70 ms.
 
 Weight decay pulls frequencies, noise and exponents towards 0, which is the constant kernel (p = 2 for
 exponents), not a neutral choice: leave the parameters whose name contains `.mechanism.` out of it.

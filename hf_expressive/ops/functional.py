@@ -170,6 +170,7 @@ def attend(
     Raises:
         ValueError, NotImplementedError: as `expressive_attention`.
     """
+    query, key, value = (_autocast(tensor) for tensor in (query, key, value))
     problem = _problem(
         query,
         key,
@@ -187,7 +188,8 @@ def attend(
     )
     chosen = choose(problem, impl, return_weights=return_weights)
     if chosen == "reference":
-        out, _, weights = reference.attention(problem)
+        with library.without_autocast(query):
+            out, _, weights = reference.attention(problem)
         return (out, weights) if return_weights else out
     return library.attention(problem, chosen)[0]
 
@@ -309,6 +311,14 @@ def _problem(
         dropout=float(dropout),
         seed=draw_seed(query.device) if dropout > 0.0 else None,
     )
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """Operands as a stock attention function gets them under autocast; float64 is left alone."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device)) if tensor.is_floating_point() else tensor
 
 
 def _compute_dtype(query: Tensor) -> torch.dtype:

@@ -41,6 +41,11 @@ _NO_WINDOW = -1
 _NO_SOFTCAP = 0.0
 
 
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """Scores and sums are float32 or wider by contract; autocast would round the products' operands."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def attention(problem: AttentionProblem, impl: str) -> tuple[Tensor, Tensor]:
     """Output (B, H, Q, E) and log normaliser (B, H, Q); the output is differentiable."""
     ranges = problem.ranges
@@ -121,7 +126,8 @@ def _forward(
         *(query, key, value, gain, key_bias, bias, mask, start, end, keys, sinks, seed),
         *(kind, power, epsilon, scale, is_causal, sliding_window, softcap, dropout),
     )
-    return IMPLEMENTATIONS[impl].forward(_problem(arguments))
+    with without_autocast(query):
+        return IMPLEMENTATIONS[impl].forward(_problem(arguments))
 
 
 @_forward.register_fake
@@ -164,14 +170,15 @@ def _backward(
         *(query, key, value, gain, key_bias, bias, mask, start, end, keys, sinks, seed),
         *(kind, power, epsilon, scale, is_causal, sliding_window, softcap, dropout),
     )
-    grads = IMPLEMENTATIONS[impl].backward(
-        _problem(arguments),
-        out,
-        log_normalizer,
-        grad_out,
-        need_key_bias=need_key_bias,
-        need_bias=need_bias,
-    )
+    with without_autocast(query):
+        grads = IMPLEMENTATIONS[impl].backward(
+            _problem(arguments),
+            out,
+            log_normalizer,
+            grad_out,
+            need_key_bias=need_key_bias,
+            need_bias=need_bias,
+        )
     grad_query, grad_key, grad_value, grad_key_bias, grad_bias = grads
     # An operator returns tensors only; an unwanted gradient travels as an empty one. The strides are
     # those that the fake implementation promises, whatever strides the inputs had.

@@ -1,4 +1,4 @@
-"""Build a tiny random model of any Transformers architecture that looks its attention up in the registry."""
+"""Build a tiny random model of any Transformers architecture that asks the attention registry."""
 
 import importlib
 import inspect
@@ -37,7 +37,7 @@ _HEADS = (
 
 @cache
 def _modeling_files() -> dict[str, str]:
-    """Architecture (the name of its modeling file) -> module, for every file that mentions the registry."""
+    """Architecture (name of its modeling file) -> module, where the file mentions the registry."""
     models = Path(transformers.__file__).parent / "models"
     files = sorted(models.glob("*/modeling_*.py"))
     return {
@@ -48,12 +48,12 @@ def _modeling_files() -> dict[str, str]:
 
 
 def architectures() -> list[str]:
-    """All architectures of the installed Transformers whose modeling file looks attention up in the registry."""
+    """All architectures of the installed Transformers that look attention up in the registry."""
     return list(_modeling_files())
 
 
 def parts() -> list[str]:
-    """Further models, named "architecture/part", for attention that the first model of an architecture lacks."""
+    """Further models, "architecture/part", for attention that an architecture's first model lacks."""
     return sorted(name for name in MODEL if "/" in name and name.split("/")[0] in _modeling_files())
 
 
@@ -65,7 +65,9 @@ def _own_models(module: Any) -> list[type[PreTrainedModel]]:
         and issubclass(member, PreTrainedModel)
         and member.__module__ == module.__name__
         and inspect.isclass(member.config_class)
-        and not member.__name__.endswith(("PreTrainedModel", "PreTrainedModelForConditionalGeneration"))
+        and not member.__name__.endswith(
+            ("PreTrainedModel", "PreTrainedModelForConditionalGeneration")
+        )
     ]
 
 
@@ -84,7 +86,9 @@ def model_class(name: str) -> type[PreTrainedModel]:
             parts = _sub_configs(cls.config_class())  # type: ignore[misc]
         except Exception:  # no defaults: cannot be built without help
             parts = -1
-        return -parts, next(index for index, head in enumerate(_HEADS) if cls.__name__.endswith(head))
+        return -parts, next(
+            index for index, head in enumerate(_HEADS) if cls.__name__.endswith(head)
+        )
 
     return min(_own_models(module), key=rank)
 
@@ -95,13 +99,15 @@ def tiny_config(name: str) -> PreTrainedConfig:
 
 @torch.no_grad()
 def _randomise(model: nn.Module, seed: int, noise: float) -> None:
-    """Add noise to every parameter, so that zero-initialised gates and tiny scales do not hide the attention."""
+    """Add noise to every parameter: zero gates and tiny scales must not hide the attention."""
     random = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if not parameter.is_floating_point() or parameter.numel() == 0:
             continue
         deviation = 0.1 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
-        if parameter.ndim > 2:  # convolutions come in deep stacks with ReLU, which halves the variance
+        if (
+            parameter.ndim > 2
+        ):  # convolutions come in deep stacks with ReLU, which halves the variance
             deviation *= 2**0.5
         parameter.add_(torch.randn(parameter.shape, generator=random), alpha=noise * deviation)
 
@@ -122,7 +128,9 @@ class Case:
         return "attention_mask" in inputs and not bool(inputs["attention_mask"].all())
 
 
-def _per_part(config: PreTrainedConfig, choice: str, eager: tuple[str, ...], path: str = "") -> dict[str, Any]:
+def _per_part(
+    config: PreTrainedConfig, choice: str, eager: tuple[str, ...], path: str = ""
+) -> dict[str, Any]:
     """`choice` for a configuration and its parts, but "eager" for the parts named in `eager`."""
     chosen: dict[str, Any] = {"": "eager" if path in eager else choice}
     for name, part in vars(config).items():
@@ -135,8 +143,12 @@ def _per_part(config: PreTrainedConfig, choice: str, eager: tuple[str, ...], pat
 def family(model: PreTrainedModel) -> str:
     """What kind of model it is, by what its `forward` takes and what its configuration is made of."""
     names = set(inspect.signature(model.forward).parameters)
-    pieces = " ".join(name for name, value in vars(model.config).items() if isinstance(value, PreTrainedConfig))
-    sees = bool(names & {"pixel_values", "pixel_values_videos", "flattened_patches", "inference_session"})
+    pieces = " ".join(
+        name for name, value in vars(model.config).items() if isinstance(value, PreTrainedConfig)
+    )
+    sees = bool(
+        names & {"pixel_values", "pixel_values_videos", "flattened_patches", "inference_session"}
+    )
     hears = bool(names & {"input_values", "input_features", "codes", "audio_codes"})
     reads = "input_ids" in names
     if "past_values" in names:
@@ -152,9 +164,12 @@ def family(model: PreTrainedModel) -> str:
     return "other"
 
 
-def build(name: str, attn_implementation: str = "eager", seed: int = 0, whole: bool = False) -> Case:
-    """Build architecture `name` tiny, on CPU, in float32 and evaluation mode, with weights that depend on `seed` only.
+def build(
+    name: str, attn_implementation: str = "eager", seed: int = 0, whole: bool = False
+) -> Case:
+    """Build architecture `name` tiny, on CPU, in float32 and evaluation mode.
 
+    The weights depend on `seed` only.
     Parts that cannot take an attention implementation (`KEEP_EAGER`) stay eager, unless `whole`.
     """
     torch.manual_seed(seed)

@@ -1,8 +1,9 @@
-"""What is checked on each architecture; every check takes a name and raises `AssertionError` with the reason."""
+"""What is checked on each architecture: functions of its name that raise `AssertionError`."""
 
 import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from . import dense
 from .builder import Case, build
-from .exceptions import BOOLEAN_MASK, KEEP_EAGER, REFUSED
+from .exceptions import BOOLEAN_MASK, KEEP_EAGER, NO_PADDING, REFUSED
 from .inputs import Padding
 
 PACKAGE = "expressive"
@@ -19,13 +20,18 @@ PADDINGS: tuple[Padding, ...] = ("none", "left", "right")
 # Largest difference allowed between two float32 outputs, relative to the largest number in them.
 TOLERANCE = 1e-4
 # The same for parameter gradients, relative to the largest gradient of the parameter.
-GRADIENT_TOLERANCE = 1e-3
-# The response must change the outputs by this much, else a comparison of outputs says nothing about attention.
+GRADIENT_TOLERANCE = 5e-3
+# The response must change the outputs by this much, else a comparison of outputs says nothing about
+# attention.
 NOTICEABLE = 1e-3
 # Numbers from here on stand for "never": some models write the dtype's minimum into logits.
 EXTREME = 1e30
 NEW_TOKENS = 4
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3)
+# Relative change of the weights that stands for rounding.
+ROUNDING = 1e-5
+# Rounding that changes outputs by more than this has flipped a choice.
+JUMP = 1e-2
 
 
 class NotApplicable(Exception):
@@ -48,7 +54,8 @@ def tensors(outputs: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def run(case: Case, inputs: dict[str, Any]) -> dict[str, Tensor]:
     torch.manual_seed(0)  # some models draw noise in their forward pass
-    # Sessions and caches among the inputs change in a forward pass; every run starts from the same ones.
+    # Sessions and caches among the inputs change in a forward pass; every run starts from the same
+    # ones.
     outputs = dict(tensors(case.model(**copy.deepcopy(inputs))))
     assert outputs, "the model returned no floating-point tensor"
     return outputs
@@ -63,7 +70,7 @@ def _valid(value: Tensor, inputs: dict[str, Any]) -> Tensor:
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
-    """Largest difference relative to the largest number; infinite if they are not finite in the same places."""
+    """Largest difference relative to the largest number; infinite if not finite in the same places."""
     usable = other.abs() < EXTREME
     if not bool(((one.abs() < EXTREME) == usable).all()):
         return float("inf")
@@ -74,8 +81,12 @@ def _difference(one: Tensor, other: Tensor) -> float:
     return difference / scale if scale > 0.0 else difference
 
 
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], inputs: dict[str, Any], what: str) -> None:
-    assert one.keys() == other.keys(), f"{what}: different outputs, {sorted(one.keys() ^ other.keys())}"
+def assert_same(
+    one: dict[str, Tensor], other: dict[str, Tensor], inputs: dict[str, Any], what: str
+) -> None:
+    assert one.keys() == other.keys(), (
+        f"{what}: different outputs, {sorted(one.keys() ^ other.keys())}"
+    )
     for name in other:
         difference = _difference(_valid(one[name], inputs), _valid(other[name], inputs))
         assert difference <= TOLERANCE, f"{what}: {name} differs by {difference:.2g}"
@@ -86,15 +97,51 @@ def witness_of(name: str, response: str) -> str:
     return response + dense.BOOLEAN if name.split("/")[0] in BOOLEAN_MASK else response
 
 
+@cache
+@torch.no_grad()
+def steady_seed(name: str) -> int:
+    """First seed at which rounding does not decide which keys or experts are chosen.
+
+    Selections jump where scores tie, and indexers cut their scores off at zero, so they often do.
+    """
+    for seed in SEEDS:
+        case = build(name, witness_of(name, dense.EXPRESSIVE), seed)
+        inputs = dict(_paddings(case))
+        before = {padding: run(case, inputs[padding]) for padding in inputs}
+        if not any(_jumps(case, inputs, before, draw) for draw in range(3)):
+            return seed
+    raise AssertionError("rounding changes the outputs with every seed tried")
+
+
+def _jumps(
+    case: Case,
+    inputs: dict[Padding, dict[str, Any]],
+    before: dict[Padding, dict[str, Tensor]],
+    draw: int,
+) -> bool:
+    """Whether a change of the weights as small as rounding makes the outputs jump."""
+    random = torch.Generator().manual_seed(draw)
+    for parameter in case.model.parameters():
+        if parameter.is_floating_point():
+            parameter.mul_(1 + ROUNDING * torch.randn(parameter.shape, generator=random))
+    return any(
+        _difference(_valid(value, inputs[padding]), _valid(before[padding][key], inputs[padding]))
+        > JUMP
+        for padding in inputs
+        for key, value in run(case, inputs[padding]).items()
+    )
+
+
 def _pair(name: str, one: str, other: str) -> tuple[Case, Case]:
     """The same architecture with the same weights and two attention implementations."""
-    first, second = build(name, one), build(name, other)
+    seed = steady_seed(name)
+    first, second = build(name, one, seed), build(name, other, seed)
     first.model.load_state_dict(second.model.state_dict())
     return first, second
 
 
 def _paddings(case: Case) -> Iterator[tuple[Padding, dict[str, Any]]]:
-    for padding in PADDINGS:
+    for padding in PADDINGS[:1] if case.name in NO_PADDING else PADDINGS:
         inputs = case.inputs(padding)
         if padding == "none" or case.can_pad(inputs):
             yield padding, inputs
@@ -140,10 +187,16 @@ def gradients_are_dense(name: str) -> None:
             if value.requires_grad:
                 value = torch.nan_to_num(value, 0.0, 0.0, 0.0)
                 loss = loss + (value * torch.randn(value.shape, generator=random)).mean()
+        if not loss.requires_grad:
+            raise NotApplicable("the outputs carry no gradient")
         loss.backward()
-        gradients.append({key: p.grad for key, p in case.model.named_parameters() if p.grad is not None})
+        gradients.append(
+            {key: p.grad for key, p in case.model.named_parameters() if p.grad is not None}
+        )
     one, other = gradients
-    assert one.keys() == other.keys(), f"gradients reach other parameters: {sorted(one.keys() ^ other.keys())[:3]}"
+    assert one.keys() == other.keys(), (
+        f"gradients reach other parameters: {sorted(one.keys() ^ other.keys())[:3]}"
+    )
     assert one, "no parameter has a gradient"
     other = {key: gradient for key, gradient in other.items() if gradient.numel()}
     largest = max(float(gradient.abs().max()) for gradient in other.values())
@@ -151,12 +204,18 @@ def gradients_are_dense(name: str) -> None:
         assert bool(torch.isfinite(one[key]).all()), f"the gradient of {key} is not finite"
         scale = max(float(gradient.abs().max()), 1e-3 * largest)
         difference = float((one[key] - gradient).abs().max()) / scale
-        assert difference <= GRADIENT_TOLERANCE, f"the gradient of {key} differs by {difference:.2g}"
+        assert difference <= GRADIENT_TOLERANCE, (
+            f"the gradient of {key} differs by {difference:.2g}"
+        )
 
 
 @torch.no_grad()
-def _generate(model: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
+def _generate(
+    model: PreTrainedModel, inputs: dict[str, Any], **options: Any
+) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
+    if model.config.is_encoder_decoder:
+        options["decoder_start_token_id"] = 1
     outputs = model.generate(  # type: ignore[operator]
         **inputs,
         do_sample=False,
@@ -181,14 +240,18 @@ def _agree(case: Case, padding: Padding, reference: dict[str, Any], tried: dict[
     if not torch.equal(tokens, other_tokens):
         return f"other tokens, {padding} padding"
     difference = _difference(other_logits, logits)
-    return "" if difference <= TOLERANCE else f"the logits differ by {difference:.2g}, {padding} padding"
+    return (
+        ""
+        if difference <= TOLERANCE
+        else f"the logits differ by {difference:.2g}, {padding} padding"
+    )
 
 
 def _assert_generates(name: str, reference: dict[str, Any], tried: dict[str, Any]) -> None:
     """Two ways to generate agree, wherever they agree for the witness.
 
-    They need not: a model may not support one of the ways, and rounding may flip its choice of experts or keys, which
-    another seed avoids.
+    They need not: a model may not support one of the ways, and rounding may flip its choice of
+    experts or keys, which another seed avoids.
     """
     reasons = []
     for seed in SEEDS:
@@ -196,7 +259,9 @@ def _assert_generates(name: str, reference: dict[str, Any], tried: dict[str, Any
         inputs = witness.inputs()
         if not witness.model.can_generate() or "input_ids" not in inputs:
             raise NotApplicable("does not generate from tokens")
-        paddings: list[Padding] = ["none", "left"] if witness.can_pad(witness.inputs("left")) else ["none"]
+        paddings: list[Padding] = (
+            ["none", "left"] if witness.can_pad(witness.inputs("left")) else ["none"]
+        )
         for padding in list(paddings):
             try:
                 reason = _agree(witness, padding, reference, tried)
@@ -222,7 +287,9 @@ def cached_is_uncached(name: str) -> None:
 
 def static_is_dynamic(name: str) -> None:
     """Greedy generation with a static and with a dynamic cache agrees."""
-    _assert_generates(name, {"use_cache": True}, {"use_cache": True, "cache_implementation": "static"})
+    _assert_generates(
+        name, {"use_cache": True}, {"use_cache": True, "cache_implementation": "static"}
+    )
 
 
 @torch.no_grad()
@@ -237,34 +304,50 @@ def reloads(name: str) -> None:
     assert_same(run(Case(name, case.family, again), inputs), before, inputs, "after loading")
 
 
+def _run_in_bfloat16(name: str, attn_implementation: str, padding: Padding) -> dict[str, Tensor]:
+    case = build(name, attn_implementation)
+    inputs = case.inputs(padding)
+    case.model.to(dtype=torch.bfloat16)  # type: ignore[call-arg]
+    if "inference_session" in inputs:  # made by the model, in its dtype
+        inputs = case.inputs(padding)
+    for key, value in inputs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            inputs[key] = value.bfloat16()
+    return run(case, inputs)
+
+
 @torch.no_grad()
 def bfloat16_is_finite(name: str) -> None:
     """In bfloat16 the outputs are finite where the float32 ones are."""
     case = build(name, PACKAGE)
     for padding, inputs in _paddings(case):
         expected = run(case, inputs)
-        half = Case(name, case.family, case.model.to(torch.bfloat16))
-        cast = {
-            key: value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
-            for key, value in inputs.items()
-        }
-        outputs = run(half, cast)
-        case.model.float()
+        try:
+            outputs = _run_in_bfloat16(name, PACKAGE, padding)
+        except RuntimeError as error:
+            try:
+                _run_in_bfloat16(name, "eager", padding)
+            except RuntimeError as same:
+                raise NotApplicable(f"eager attention fails as well: {same}") from same
+            raise AssertionError(f"padding {padding}: {error}") from error
         for key, value in expected.items():
             finite = torch.isfinite(_valid(value, inputs))
             actual = torch.isfinite(_valid(outputs[key], inputs))
+            if actual.shape != finite.shape:  # as many keypoints as scores pass a threshold
+                finite = torch.ones_like(actual)
             assert bool((actual | ~finite).all()), f"padding {padding}: {key} is not finite"
 
 
 def refuses(name: str) -> None:
-    """An architecture with a part that computes its own softmax is refused as a whole, with the reason."""
+    """An architecture with a part that computes its own softmax is refused, with the reason."""
     try:
         build(name, PACKAGE, whole=True)
     except ValueError as error:
-        assert f'"{PACKAGE}"' in str(error), f"refused without naming the mechanism: {error}"
-        assert "registry" in str(error), f"refused without the reason: {error}"
+        message = str(error)
     else:
         raise AssertionError("accepted, though a part of it computes its own softmax")
+    assert f'"{PACKAGE}"' in message, f"refused without naming the mechanism: {message}"
+    assert "registry" in message, f"refused without the reason: {message}"
 
 
 # Checks of the witness alone, which need no package.

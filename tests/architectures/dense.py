@@ -1,14 +1,14 @@
-"""A plain dense attention function for the Transformers registry: the independent witness of the architecture tests.
+"""A plain dense attention function for the Transformers registry: the independent witness.
 
-It materialises the full weight matrix and follows, keyword by keyword, what the models' own eager functions do. The
-response to the score is selectable:
+It materialises the full weight matrix and follows, keyword by keyword, what the models' own eager
+functions do. The response to the score is selectable:
 
     exp     w = exp(z)            reproduces each model's eager softmax
     hill    w = z² / (1 + z²)     expressive attention
 
-with z = softcap(scaling · q·k). Everything additive in softmax attention (float masks, position biases) multiplies the
-weight by its exponential, a sink s adds exp(s) to the row sum, a hidden key has weight zero. Nothing here imports the
-package under test.
+with z = softcap(scaling · q·k). Everything additive in softmax attention (float masks, position
+biases) multiplies the weight by its exponential, a sink s adds exp(s) to the row sum, a hidden key
+has weight zero. Nothing here imports the package under test.
 
 B batch, H query heads, K key heads, Q queries, N keys, D head size, E value head size.
 """
@@ -25,8 +25,9 @@ SOFTMAX = "dense_exp"
 EXPRESSIVE = "dense_hill"
 BOOLEAN = "_boolean"
 
-# Arguments that models pass along and that do not change what attention computes: caller's options, and facts the mask
-# already states (a window, positions, causality). Anything else is unknown and raises.
+# Arguments that models pass along and that do not change what attention computes: caller's options,
+# and facts the mask already states (a window, positions, causality). Anything else is unknown and
+# raises.
 INFORMATION = {
     "cache_position",
     "deterministic",
@@ -41,18 +42,19 @@ INFORMATION = {
     "return_dict",
     "sliding_window",
     "use_cache",
+    "vision_feature_layer",
 }
 
 
 def _selected_keys(indices: Tensor, keys: int) -> Tensor:
-    """Visibility (B, 1, Q, N) from the key positions (B, Q, k) an indexer selected; -1 marks an unused place."""
+    """Visibility (B, 1, Q, N) from selected key positions (B, Q, k); -1 marks an unused place."""
     chosen = torch.zeros(*indices.shape[:2], keys + 1, dtype=torch.bool, device=indices.device)
     places = indices.long().masked_fill(indices < 0, keys)
     return chosen.scatter(-1, places, True)[:, None, :, :keys]
 
 
 def _selected_blocks(blocks: Tensor, block_size: int, heads: int, keys: int) -> Tensor:
-    """Visibility (B, H, Q, N) from the key blocks (B, K, Q, n) an indexer selected; -1 marks an unused place."""
+    """Visibility (B, H, Q, N) from selected key blocks (B, K, Q, n); -1 marks an unused place."""
     count = -(-keys // block_size)
     chosen = torch.zeros(*blocks.shape[:3], count + 1, dtype=torch.bool, device=blocks.device)
     chosen = chosen.scatter(-1, blocks.long().masked_fill(blocks < 0, count), True)[..., :count]
@@ -76,7 +78,9 @@ def _normalised_hill(score: Tensor, bias: Tensor, visible: Tensor, sink: Tensor 
     return weight / torch.where(total > 0, total, torch.ones_like(total))
 
 
-def _dense_attention(normalised: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]) -> Callable[..., Any]:
+def _dense_attention(
+    normalised: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+) -> Callable[..., Any]:
     def forward(
         module: nn.Module,
         query: Tensor,
@@ -94,15 +98,19 @@ def _dense_attention(normalised: Callable[[Tensor, Tensor, Tensor, Tensor | None
         block_indices: Tensor | None = None,
         **information: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Query (B, H, Q, D), key (B, K, N, D), value (B, K, N, E) -> output (B, Q, H, E), weights (B, H, Q, N)."""
+        """(B, H, Q, D), (B, K, N, D), (B, K, N, E) -> output (B, Q, H, E), weights (B, H, Q, N)."""
         given = {name for name, value in information.items() if value is not None}
         if unknown := given - INFORMATION:
-            raise TypeError(f"{type(module).__name__} passes unknown arguments to attention: {sorted(unknown)}")
+            raise TypeError(
+                f"{type(module).__name__} passes unknown arguments to attention: {sorted(unknown)}"
+            )
         heads, keys = query.shape[1], key.shape[2]
         key = key.repeat_interleave(heads // key.shape[1], dim=1)
         value = value.repeat_interleave(heads // value.shape[1], dim=1)
 
-        score = (query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        score = (query @ key.transpose(-1, -2)) * (
+            query.shape[-1] ** -0.5 if scaling is None else scaling
+        )
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
 
@@ -130,12 +138,14 @@ def _dense_attention(normalised: Callable[[Tensor, Tensor, Tensor, Tensor | None
     return forward
 
 
-def _boolean_mask(*args: Any, **kwargs: Any) -> Tensor:
-    return sdpa_mask(*args, **(kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}))
+def _boolean_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    return sdpa_mask(
+        *args, **(kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    )
 
 
 def register() -> None:
-    """Make the two names known, with a dense float mask, and again with `_boolean` appended, with a boolean one."""
+    """Make both names known with dense float masks; with `_boolean` appended, with boolean ones."""
     for name, normalised in ((SOFTMAX, _normalised_exp), (EXPRESSIVE, _normalised_hill)):
         for suffix, mask in (("", eager_mask), (BOOLEAN, _boolean_mask)):
             AttentionInterface.register(name + suffix, _dense_attention(normalised))

@@ -25,14 +25,16 @@ PLACEHOLDERS = {
 
 
 def find(config: PreTrainedConfig, *names: str) -> Any:
-    """First value that is not None under any of `names` in the configuration or, breadth first, its sub-configurations."""
+    """First value that is not None under any of `names`, breadth first through sub-configurations."""
     level = [config]
     while level:
         for name in names:
             for node in level:
                 if (value := getattr(node, name, None)) is not None:
                     return value
-        level = [v for node in level for v in vars(node).values() if isinstance(v, PreTrainedConfig)]
+        level = [
+            v for node in level for v in vars(node).values() if isinstance(v, PreTrainedConfig)
+        ]
     return None
 
 
@@ -42,7 +44,10 @@ def sub_config(config: PreTrainedConfig, *words: str) -> PreTrainedConfig:
         if isinstance(value, PreTrainedConfig) and any(word in name for word in words):
             return value
     for value in vars(config).values():
-        if isinstance(value, PreTrainedConfig) and (found := sub_config(value, *words)) is not value:
+        if (
+            isinstance(value, PreTrainedConfig)
+            and (found := sub_config(value, *words)) is not value
+        ):
             return found
     return config
 
@@ -50,7 +55,11 @@ def sub_config(config: PreTrainedConfig, *words: str) -> PreTrainedConfig:
 def pair(value: Any) -> tuple[int, int]:
     if isinstance(value, dict):
         return int(value["height"]), int(value["width"])
-    return (int(value[0]), int(value[-1])) if isinstance(value, (list, tuple)) else (int(value), int(value))
+    return (
+        (int(value[0]), int(value[-1]))
+        if isinstance(value, (list, tuple))
+        else (int(value), int(value))
+    )
 
 
 def count(features: Any, hidden: int) -> int:
@@ -85,7 +94,9 @@ class Maker:
 
     def ids(self, *shape: int) -> Tensor:
         """Token ids away from the special ones at both ends of the vocabulary."""
-        return torch.randint(min(20, self.vocabulary // 2), self.vocabulary, shape, generator=self.random)
+        return torch.randint(
+            min(20, self.vocabulary // 2), self.vocabulary, shape, generator=self.random
+        )
 
     def media(self) -> dict[str, Any]:
         """Images and sounds, as far as the names in `forward` tell their shapes."""
@@ -100,10 +111,19 @@ class Maker:
                 inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]] * BATCH)
                 inputs["pixel_values"] = self.normal(BATCH * 16, channels * time * patch * patch)
             else:
-                inputs["pixel_values"] = self.normal(BATCH, channels, *pair(find(vision, "image_size") or 64))
+                inputs["pixel_values"] = self.normal(
+                    BATCH, channels, *pair(find(vision, "image_size") or 64)
+                )
         if "input_features" in self.names:
             audio = sub_config(self.config, "audio", "encoder")
-            names = ("num_mel_bins", "feature_size", "n_mels", "input_feat_per_channel", "input_dim", "mel_dim")
+            names = (
+                "num_mel_bins",
+                "feature_size",
+                "n_mels",
+                "input_feat_per_channel",
+                "input_dim",
+                "mel_dim",
+            )
             bins = find(audio, *names) or 80
             inputs["input_features"] = self.normal(BATCH, bins, FRAMES)
         if "input_values" in self.names:
@@ -111,15 +131,22 @@ class Maker:
         return inputs
 
     def placeholders(self, kind: str, inputs: dict[str, Any]) -> Tensor:
-        """As many placeholder tokens for each row as the model's encoder gives features for it: (BATCH, count)."""
+        """(BATCH, count): as many placeholder tokens a row as the encoder gives features for it."""
         token = find(self.config, *PLACEHOLDERS[kind])
         owners = (self.model, self.model.base_model, getattr(self.model, "model", self.model))
         getters = [getattr(owner, f"get_{kind}_features", None) for owner in owners]
-        signatures = [(getter, inspect.signature(getter).parameters) for getter in getters if getter is not None]
+        signatures = [
+            (getter, inspect.signature(getter).parameters)
+            for getter in getters
+            if getter is not None
+        ]
         if token is None or not signatures:
             return torch.empty(BATCH, 0, dtype=torch.long)
         # A head passes *args and **kwargs on to the model, whose method names what it takes.
-        getter, accepted = max(signatures, key=lambda pair: sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in pair[1].values()))
+        getter, accepted = max(
+            signatures,
+            key=lambda pair: sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in pair[1].values()),
+        )
         with torch.no_grad():
             features = getter(**{key: value for key, value in inputs.items() if key in accepted})
         size = count(features, text_config(self.config).hidden_size)
@@ -136,14 +163,16 @@ Special = Callable[[Maker, dict[str, Any]], None]
 def make_inputs(
     model: PreTrainedModel, padding: Padding = "none", seed: int = 0, special: Special | None = None
 ) -> dict[str, Any]:
-    """Inputs for `model.forward`; `padding` hides the first or last tokens of the first row by an attention mask."""
+    """Inputs for `model.forward`; `padding` hides the first or last tokens of the first row."""
     maker = Maker(model, seed)
     inputs = maker.media()
     if special is not None:
         special(maker, inputs)
     for name in ("input_features_mask", "feature_attention_mask"):
         if name in maker.names and "input_features" in inputs:
-            inputs.setdefault(name, torch.ones(BATCH, inputs["input_features"].shape[-1], dtype=torch.long))
+            inputs.setdefault(
+                name, torch.ones(BATCH, inputs["input_features"].shape[-1], dtype=torch.long)
+            )
     if "input_ids" in maker.names and "input_ids" not in inputs:
         # Left padding must not hide a placeholder.
         parts = [maker.ids(BATCH, PADDED), maker.ids(BATCH, TEXT - PADDED)]
@@ -161,7 +190,11 @@ def make_inputs(
             inputs["mm_token_type_ids"] = (ids == image).long()
     if "decoder_input_ids" in maker.names and maker.config.is_encoder_decoder:
         inputs.setdefault("decoder_input_ids", maker.ids(BATCH, TARGET))
-    if padding != "none" and "input_ids" in inputs and "attention_mask" in maker.names:
+    if (
+        padding != "none"
+        and inputs.get("input_ids") is not None
+        and "attention_mask" in maker.names
+    ):
         mask = torch.ones(inputs["input_ids"].shape[:2], dtype=torch.long)
         mask[0, :PADDED] = 0
         inputs["attention_mask"] = mask if padding == "left" else mask.flip(-1)

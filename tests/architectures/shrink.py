@@ -1,8 +1,9 @@
 """Shrink any Transformers configuration by rules on its field names.
 
-A rule is a monotone function of the old value and the same for every field of one kind, so that sizes that had to
-agree before (the width of a tower and the input width of its projector) still agree afterwards. What a rule cannot
-know stands in the table of exceptions (`exceptions.py`), not here.
+A rule is a monotone function of the old value and the same for every field of one kind, so that
+sizes that had to agree before (the width of a tower and the input width of its projector) still
+agree afterwards. What a rule cannot know stands in the table of exceptions (`exceptions.py`), not
+here.
 """
 
 import re
@@ -41,8 +42,14 @@ def same(value: int) -> int:
 # The first match wins. A rule maps an old int to a new one, inside lists and tuples as well.
 _RULES: list[tuple[str, Callable[[int], int]]] = [
     # tokens and positions
-    (r"^(image|video|audio)_seq_length$|^num_image_tokens$|_soft_tokens_per_image$|^mm_tokens", at_most(4)),
-    (r"(^|_)vocab_size(_per_layer_input)?$|_vocab$|^(additional|unpadded)_vocab", at_most(VOCABULARY)),
+    (
+        r"^(image|video|audio)_seq_length$|^num_image_tokens$|_soft_tokens_per_image$|^mm_tokens",
+        at_most(4),
+    ),
+    (
+        r"(^|_)vocab_size(_per_layer_input)?$|_vocab$|^(additional|unpadded)_vocab",
+        at_most(VOCABULARY),
+    ),
     (r"max_position_embeddings$|^n_positions$|max_target_positions$", at_most(512)),
     (r"max_source_positions$", at_most(32)),
     (r"^max_seq_len$|^max_vit_seq_len$|^position_embedding_size$|^max_ep_len$", at_most(512)),
@@ -51,7 +58,10 @@ _RULES: list[tuple[str, Callable[[int], int]]] = [
     (r"^(sliding_window|sliding_window_size|attention_window_size)$", at_most(5)),
     (r"^(local_attention|attention_chunk_size|local_attention_window_len)$", at_most(8)),
     # heads
-    (r"key_value_heads(_per_layer|_per_stage)?$|^kv_n_heads$|key_value_attention_heads$", at_most(2)),
+    (
+        r"key_value_heads(_per_layer|_per_stage)?$|^kv_n_heads$|key_value_attention_heads$",
+        at_most(2),
+    ),
     (r"^mamba_d_head$|^mamba_head_?dim$", at_most(32)),
     (r"heads(_per_layer|_per_stage)?$|(^|_)n_head$|^num_query_groups$", heads),
     (r"^qk_(rope|nope)_head_dim$|^rotary_dim$|^d_rel$", at_most(8)),
@@ -70,7 +80,10 @@ _RULES: list[tuple[str, Callable[[int], int]]] = [
     (r"^index_topk_blocks$|^index_local_blocks$|^index_kpool$", at_most(2)),
     # images
     (r"^patch_size$", lambda value: 8 if value >= 8 else value),
-    (r"^(image|input|max_img|pretrain_image|crop)_size$", lambda value: 32 if value >= 32 else value),
+    (
+        r"^(image|input|max_img|pretrain_image|crop)_size$",
+        lambda value: 32 if value >= 32 else value,
+    ),
     (r"^pos_emb_(height|width)$|^posemb_grid_size$", at_most(8)),
     (r"^num_queries$|^num_query_tokens$|n_latents$|num_latents$|^latent_query_num$", at_most(8)),
     (r"^num_detection_tokens$|^two_stage_num_proposals$|^num_denoising$", at_most(8)),
@@ -78,14 +91,28 @@ _RULES: list[tuple[str, Callable[[int], int]]] = [
     # part of the input rather than widths
     (r"mel_bins$|_bins$|^num_frames$|^frame_size$|^sampling|^hop_length$|_multiple_of$", same),
     (r"^(num|in|audio)_channels$|kernel|stride|norm|scale|rate$|^mel_dim$", same),
-    (r"hidden|embd|d_model|^d_ff$|^dff$|dims?$|channel|rank|width|ffn|intermediate|embed|groups$", width),
+    (
+        r"hidden|embd|d_model|^d_ff$|^dff$|dims?$|channel|rank|width|ffn|intermediate|embed|groups$",
+        width,
+    ),
     (r"projection_size|projector|proj_size|output_size$|^n_inner$|dimension$|_features$", width),
 ]
+# Caps far above the scores of a tiny model, or branches scaled to nothing, would never be noticed.
+_FLOATS = {"attn_logit_softcapping": 1.0, "layer_scale_initial_scale": 1.0}
 _COMPILED = [(re.compile(pattern), rule) for pattern, rule in _RULES]
 _TOKEN_ID = re.compile(r"token_(id|ids|index)$|_id$")
 # Left to the class where it derives them: they follow from the small widths and head counts.
-_DERIVED_AGAIN = re.compile(r"head_dim|heads|intermediate|attention_hidden|rope|layer|window|global_attention")
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "decoder_layers")
+_DERIVED_AGAIN = re.compile(
+    r"head_dim|heads|intermediate|attention_hidden|rope|layer|window|global_attention"
+)
+_LAYER_COUNTS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "depth",
+    "decoder_layers",
+)
 
 
 class TokenIds:
@@ -125,9 +152,12 @@ def _chosen_layers(config: PreTrainedConfig, count: int) -> list[int]:
     per_layer = [
         list(value)
         for value in vars(config).values()
-        if _is_per_layer(value, count) and all(isinstance(item, (str, int, float)) for item in value)
+        if _is_per_layer(value, count)
+        and all(isinstance(item, (str, int, float)) for item in value)
     ]
-    chosen = {kinds.index(kind) for kinds in per_layer if len(set(kinds)) <= 4 for kind in set(kinds)}
+    chosen = {
+        kinds.index(kind) for kinds in per_layer if len(set(kinds)) <= 4 for kind in set(kinds)
+    }
     for index in range(count):
         if len(chosen) >= 2:
             break
@@ -149,12 +179,15 @@ def _small_sections(rope: Any, pairs: int) -> Any:
 
 
 def shrink(
-    config: PreTrainedConfig, overrides: dict[str, Any] | None = None, token_ids: TokenIds | None = None
+    config: PreTrainedConfig,
+    overrides: dict[str, Any] | None = None,
+    token_ids: TokenIds | None = None,
 ) -> PreTrainedConfig:
     """Return a tiny configuration of the same class.
 
-    `overrides` maps field names to values, a nested dict goes to the sub-configuration of that name. A field that the
-    class derives from others (declared with default None) is derived again, from the small values.
+    `overrides` maps field names to values, a nested dict goes to the sub-configuration of that
+    name. A field that the class derives from others (declared with default None) is derived again,
+    from the small values.
     """
     overrides = dict(overrides or {})
     token_ids = token_ids or TokenIds()
@@ -163,7 +196,9 @@ def shrink(
     count = vars(config).get(count_name, 0)
     chosen = _chosen_layers(config, count)
     stages = list(vars(config).get("_out_indices") or ())
-    if stages and count_name == "num_hidden_layers":  # a plain backbone: one layer for each feature map
+    if (
+        stages and count_name == "num_hidden_layers"
+    ):  # a plain backbone: one layer for each feature map
         chosen = list(range(max(2, len(stages))))
         stages = [len(chosen) - index for index in reversed(range(len(stages)))]
     try:
@@ -176,7 +211,9 @@ def shrink(
         name = stored.get(name, name)
         if isinstance(value, PreTrainedConfig):
             nested = overrides.pop(name, None)
-            small[name] = nested if isinstance(nested, PreTrainedConfig) else shrink(value, nested, token_ids)
+            small[name] = (
+                nested if isinstance(nested, PreTrainedConfig) else shrink(value, nested, token_ids)
+            )
             continue
         if name not in fields or name.startswith("_"):
             continue
@@ -190,6 +227,8 @@ def shrink(
                 small[name] = _map(kept, rule) if rule and "layer" not in name else kept
         elif _TOKEN_ID.search(name):
             small[name] = _map(value, token_ids)
+        elif name in _FLOATS and value is not None:
+            small[name] = _FLOATS[name]
         elif (rule := _rule(name)) is not None and not (derived and _DERIVED_AGAIN.search(name)):
             small[name] = _map(value, rule)
         elif not derived:
@@ -198,12 +237,21 @@ def shrink(
         small["num_key_value_heads"] = small["num_attention_heads"]
     if vars(config).get("num_key_value_heads", 0) is None:
         small["num_key_value_heads"] = 2
-    if "head_dim" in fields and vars(config).get("head_dim") is None and "num_attention_heads" in small:
+    if (
+        "head_dim" in fields
+        and vars(config).get("head_dim") is None
+        and "num_attention_heads" in small
+    ):
         small["head_dim"] = small["hidden_size"] // small["num_attention_heads"]
     head_dim = small.get("head_dim") or 16
     if "rope_parameters" in fields:
-        small["rope_parameters"] = _small_sections(small.get("rope_parameters", config.rope_parameters), head_dim // 2)
-        if small["rope_parameters"] == config.rope_parameters and fields["rope_parameters"].default is None:
+        small["rope_parameters"] = _small_sections(
+            small.get("rope_parameters", config.rope_parameters), head_dim // 2
+        )
+        if (
+            small["rope_parameters"] == config.rope_parameters
+            and fields["rope_parameters"].default is None
+        ):
             del small["rope_parameters"]
     if stages:
         small["out_indices"] = stages

@@ -22,7 +22,9 @@ def drop(*names: str) -> Callable[[Maker, Inputs], None]:
     return change
 
 
-def _codebooks(count: Callable[[Any], int], name: str = "input_ids") -> Callable[[Maker, Inputs], None]:
+def _codebooks(
+    count: Callable[[Any], int], name: str = "input_ids"
+) -> Callable[[Maker, Inputs], None]:
     def change(maker: Maker, inputs: Inputs) -> None:
         inputs[name] = maker.ids(BATCH, TEXT, count(maker.config))
 
@@ -49,7 +51,9 @@ def _time_series(maker: Maker, inputs: Inputs) -> None:
         "past_time_features": maker.normal(BATCH, past, config.num_time_features),
         "past_observed_mask": torch.ones(BATCH, past),
         "future_values": maker.normal(BATCH, config.prediction_length),
-        "future_time_features": maker.normal(BATCH, config.prediction_length, config.num_time_features),
+        "future_time_features": maker.normal(
+            BATCH, config.prediction_length, config.num_time_features
+        ),
     }
 
 
@@ -75,7 +79,9 @@ def _time_first(*names: str) -> Callable[[Maker, Inputs], None]:
     return change
 
 
-def _video(frames: Callable[[Any], int], name: str = "pixel_values_videos") -> Callable[[Maker, Inputs], None]:
+def _video(
+    frames: Callable[[Any], int], name: str = "pixel_values_videos"
+) -> Callable[[Maker, Inputs], None]:
     def change(maker: Maker, inputs: Inputs) -> None:
         vision = sub_config(maker.config, "vision", "video")
         size = pair(find(vision, "image_size", "crop_size") or 32)
@@ -84,7 +90,9 @@ def _video(frames: Callable[[Any], int], name: str = "pixel_values_videos") -> C
     return change
 
 
-def _images_each(number: int = 1, **more: Callable[[Maker], Any]) -> Callable[[Maker, Inputs], None]:
+def _images_each(
+    number: int = 1, **more: Callable[[Maker], Any]
+) -> Callable[[Maker, Inputs], None]:
     """Images as (batch, images of the row, channels, height, width)."""
 
     def change(maker: Maker, inputs: Inputs) -> None:
@@ -135,7 +143,9 @@ def _qformer(maker: Maker, inputs: Inputs) -> None:
     inputs["qformer_input_ids"] = maker.ids(BATCH, 5)
     if "video" in type(maker.config).__name__.lower():
         inputs["pixel_values"] = inputs["pixel_values"][:, None].repeat(1, 4, 1, 1, 1)
-        inputs["input_ids"] = torch.cat([torch.full((BATCH, 4 * 8), 255), maker.ids(BATCH, TEXT)], dim=1)
+        inputs["input_ids"] = torch.cat(
+            [torch.full((BATCH, 4 * 8), 255), maker.ids(BATCH, TEXT)], dim=1
+        )
 
 
 def _flattened_patches(maker: Maker, inputs: Inputs) -> None:
@@ -156,7 +166,11 @@ def _vision_grid(maker: Maker, inputs: Inputs) -> None:
 
 
 def _gemma4_vision(maker: Maker, inputs: Inputs) -> None:
-    place = torch.stack([torch.arange(36) % 6, torch.arange(36) // 6], dim=-1).expand(BATCH, -1, -1).clone()
+    place = (
+        torch.stack([torch.arange(36) % 6, torch.arange(36) // 6], dim=-1)
+        .expand(BATCH, -1, -1)
+        .clone()
+    )
     place[0, 27:] = -1  # padding patches
     inputs["pixel_values"] = maker.normal(BATCH, 36, 3 * maker.config.patch_size**2)
     inputs["pixel_position_ids"] = place
@@ -169,20 +183,28 @@ def _minicpm_vision(maker: Maker, inputs: Inputs) -> None:
 
 
 def _qwen2_audio(maker: Maker, inputs: Inputs) -> None:
-    audio = torch.full((BATCH, FRAMES // 4), find(maker.config, "audio_token_index", "audio_token_id"))
-    inputs["input_ids"] = torch.cat([maker.ids(BATCH, PADDED), audio, maker.ids(BATCH, TEXT - PADDED)], dim=1)
+    audio = torch.full(
+        (BATCH, FRAMES // 4), find(maker.config, "audio_token_index", "audio_token_id")
+    )
+    inputs["input_ids"] = torch.cat(
+        [maker.ids(BATCH, PADDED), audio, maker.ids(BATCH, TEXT - PADDED)], dim=1
+    )
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
 
 
 def _codec(maker: Maker, inputs: Inputs) -> None:
     inputs["input_values"] = maker.normal(BATCH, 1, 3200)
-    inputs["input_features"] = maker.normal(BATCH, 10, find(maker.config, "feature_projection_input_dim"))
+    inputs["input_features"] = maker.normal(
+        BATCH, 10, find(maker.config, "feature_projection_input_dim")
+    )
     inputs["input_features_mask"] = torch.ones(BATCH, 10, dtype=torch.long)
 
 
 def _molmo2(maker: Maker, inputs: Inputs) -> None:
     patch = maker.config.vision_config.patch_size
-    pooled = torch.arange(BATCH * 16).view(BATCH * 4, 4)  # four patches for each of four image tokens
+    pooled = torch.arange(BATCH * 16).view(
+        BATCH * 4, 4
+    )  # four patches for each of four image tokens
     inputs |= {
         "pixel_values": maker.normal(BATCH, 16, 3 * patch * patch),
         "image_token_pooling": pooled,
@@ -213,7 +235,9 @@ def _esmfold2(maker: Maker, inputs: Inputs) -> None:
             ref_charge=torch.zeros(BATCH, atoms),
             atom_attention_mask=torch.ones(BATCH, atoms, dtype=torch.bool),
             ref_element=torch.randint(1, 20, (BATCH, atoms), generator=maker.random),
-            ref_atom_name_chars=torch.randint(1, 20, (BATCH, atoms, config.max_chars), generator=maker.random),
+            ref_atom_name_chars=torch.randint(
+                1, 20, (BATCH, atoms, config.max_chars), generator=maker.random
+            ),
             ref_space_uid=owner,
             atom_to_token=owner,
         ),
@@ -226,14 +250,19 @@ def _audio_and_video(maker: Maker, inputs: Inputs) -> None:
 
 
 def _tracking(maker: Maker, inputs: Inputs) -> None:
-    """A video of two frames with one object, given by a point in the first; the second frame uses the memory."""
+    """Two frames and an object, given by a point in the first; the second frame uses the memory."""
     module = importlib.import_module(type(maker.model).__module__)
     session_class = getattr(module, type(maker.model).__name__.replace("Model", "InferenceSession"))
     size = pair(find(maker.config.prompt_encoder_config, "image_size"))[0]
-    video = maker.normal(2, 3, size, size)
-    session = session_class(video=video, video_height=size, video_width=size, dtype=torch.float32)
+    video = maker.normal(2, 3, size, size).to(maker.model.dtype)
+    session = session_class(
+        video=video, video_height=size, video_width=size, dtype=maker.model.dtype
+    )
     index = session.obj_id_to_idx(1)
-    point = {"point_coords": torch.tensor([[[[5.0, 5.0]]]]), "point_labels": torch.ones(1, 1, 1, dtype=torch.int32)}
+    point = {
+        "point_coords": torch.tensor([[[[5.0, 5.0]]]]),
+        "point_labels": torch.ones(1, 1, 1, dtype=torch.int32),
+    }
     session.add_point_inputs(index, 0, point)
     session.obj_with_new_inputs = [1]
     with torch.no_grad():
@@ -255,7 +284,9 @@ INPUTS: dict[str, Callable[[Maker, Inputs], None]] = {
     "decision_transformer": _decision_transformer,
     "dia": lambda m, x: x.update(decoder_input_ids=m.ids(BATCH, TARGET, 9)),
     "dots3_note": drop("input_features"),
-    "dots3_note/audio": lambda m, x: x.update(chunk_sample_lengths=torch.tensor([FRAMES * 160, FRAMES * 120])),
+    "dots3_note/audio": lambda m, x: x.update(
+        chunk_sample_lengths=torch.tensor([FRAMES * 160, FRAMES * 120])
+    ),
     "edgetam": lambda m, x: x.update(pixel_values=m.normal(BATCH, 3, 64, 64)),
     "edgetam_video": _tracking,
     "efficientloftr": _images_each(2),
@@ -264,9 +295,12 @@ INPUTS: dict[str, Callable[[Maker, Inputs], None]] = {
     "emu3": drop("pixel_values"),
     "ernie/decoder": _cross_attention,
     "esmfold2": _esmfold2,
-    "evolla/protein": lambda m, x: x.update(attention_mask=torch.ones(BATCH, TEXT, dtype=torch.long)),
+    "evolla/protein": lambda m, x: x.update(
+        attention_mask=torch.ones(BATCH, TEXT, dtype=torch.long)
+    ),
     "fun_asr_nano": lambda m, x: x.update(
-        input_features=m.normal(BATCH, FRAMES, 560), input_features_mask=torch.ones(BATCH, FRAMES, dtype=torch.long)
+        input_features=m.normal(BATCH, FRAMES, 560),
+        input_features_mask=torch.ones(BATCH, FRAMES, dtype=torch.long),
     ),
     "gemma4": drop("pixel_values", "input_features"),
     "gemma4/vision": _gemma4_vision,
@@ -274,9 +308,13 @@ INPUTS: dict[str, Callable[[Maker, Inputs], None]] = {
     "glm_image": drop("pixel_values", "image_grid_thw"),
     "glm_image/vision": _vision_grid,
     "granite4_vision": drop("pixel_values"),
-    "granite_docling": _images_each(pixel_attention_mask=lambda m: torch.ones(BATCH, 1, dtype=torch.bool)),
+    "granite_docling": _images_each(
+        pixel_attention_mask=lambda m: torch.ones(BATCH, 1, dtype=torch.bool)
+    ),
     "granite_speech5": lambda m, x: x.update(input_features=m.normal(BATCH, FRAMES, 320)),
-    "idefics": _images_each(image_attention_mask=lambda m: torch.ones(BATCH, TEXT, 1, dtype=torch.long)),
+    "idefics": _images_each(
+        image_attention_mask=lambda m: torch.ones(BATCH, TEXT, 1, dtype=torch.long)
+    ),
     "idefics2": _images_each(),
     "idefics3": _images_each(),
     "informer": _time_series,
@@ -297,7 +335,9 @@ INPUTS: dict[str, Callable[[Maker, Inputs], None]] = {
     "mistral_large4": lambda m, x: x.update(image_sizes=torch.tensor([[32, 32]] * BATCH)),
     "mllama": _mllama,
     "molmo2": _molmo2,
-    "moss_transcribe_diarize": lambda m, x: x.update(padding_mask=torch.ones(BATCH, 10000, dtype=torch.long)),
+    "moss_transcribe_diarize": lambda m, x: x.update(
+        padding_mask=torch.ones(BATCH, 10000, dtype=torch.long)
+    ),
     "muse_glimmer_assistant": lambda m, x: x.update(
         noise_embeds=m.normal(BATCH, 4, 64), context_hidden_states=m.normal(BATCH, 6, 64 * 2)
     ),
@@ -307,7 +347,8 @@ INPUTS: dict[str, Callable[[Maker, Inputs], None]] = {
         decoder_input_ids=m.ids(BATCH * 4, TARGET), input_features=m.normal(BATCH, 8, 12)
     ),
     "nemotron3_5_transcribe": lambda m, x: x.update(
-        input_features=m.normal(BATCH, FRAMES, 128), input_features_mask=torch.ones(BATCH, FRAMES, dtype=torch.long)
+        input_features=m.normal(BATCH, FRAMES, 128),
+        input_features_mask=torch.ones(BATCH, FRAMES, dtype=torch.long),
     ),
     "nemotron3_diarization": _time_first("num_mel_bins"),
     "nemotron_asr_streaming": _time_first("num_mel_bins"),
@@ -320,7 +361,9 @@ INPUTS: dict[str, Callable[[Maker, Inputs], None]] = {
     "pe_audio": lambda m, x: x.update(input_values=m.normal(BATCH, 1, 4 * 1920)),
     "pe_audio_video": _audio_and_video,
     "pe_video": _video(lambda config: 4),
-    "phi4_multimodal/audio": lambda m, x: x.update(hidden_states=m.normal(BATCH, FRAMES, 32), mask=None),
+    "phi4_multimodal/audio": lambda m, x: x.update(
+        hidden_states=m.normal(BATCH, FRAMES, 32), mask=None
+    ),
     "pix2struct": _flattened_patches,
     "pocket_tts_audio_tokenizer": lambda m, x: x.update(input_values=m.normal(BATCH, 1, 7680)),
     "pop2piano": lambda m, x: x.update(input_features=m.normal(BATCH, 8, 64), input_ids=None),
@@ -331,7 +374,9 @@ INPUTS: dict[str, Callable[[Maker, Inputs], None]] = {
     "qwen2_audio": _qwen2_audio,
     "qwen3_asr": lambda m, x: x.update(input_features=m.normal(BATCH, 128, 100)),
     "qwen3_omni_moe/code2wav": lambda m, x: x.update(codes=m.ids(BATCH, 16, 4)),
-    "qwen3_omni_moe/code_predictor": lambda m, x: x.update(inputs_embeds=m.normal(BATCH, TEXT, 64), input_ids=None),
+    "qwen3_omni_moe/code_predictor": lambda m, x: x.update(
+        inputs_embeds=m.normal(BATCH, TEXT, 64), input_ids=None
+    ),
     "roberta/decoder": _cross_attention,
     "roberta_prelayernorm/decoder": _cross_attention,
     "roc_bert/decoder": _cross_attention,

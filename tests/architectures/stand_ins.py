@@ -33,7 +33,7 @@ class PyramidModel(PreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
-        """(batch, 3, height, width) -> one (batch, channels, height / stride, width / stride) for each stage."""
+        """(batch, 3, height, width) -> for each stage (batch, channels, height / s, width / s)."""
         maps = []
         for stage in self.stages:
             pixel_values = torch.tanh(stage(pixel_values))

@@ -31,12 +31,16 @@ def unsupported(problem: AttentionProblem) -> str | None:
         sizes = f"{query.shape[-1]} and {value.shape[-1]}"
         return f"Triton kernels take head sizes up to {_MAX_HEAD_SIZE}, got {sizes}."
     if 0 in query.shape or 0 in problem.key.shape or 0 in value.shape:
-        return f"Triton kernels take no empty tensors, got query {tuple(query.shape)}, value {tuple(value.shape)}."
+        shapes = f"query {tuple(query.shape)} and value {tuple(value.shape)}"
+        return f"Triton kernels take no empty tensors, got {shapes}."
     if not query.is_cuda:
         from .launch import COMPILED
 
         if COMPILED:
-            return f"Triton kernels run on a GPU, the tensors are on {query.device} (TRITON_INTERPRET=1 interprets)."
+            return (
+                f"Triton kernels run on a GPU, the tensors are on {query.device} "
+                "(TRITON_INTERPRET=1, set before Triton is imported, interprets them)."
+            )
     return None
 
 

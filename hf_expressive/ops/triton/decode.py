@@ -141,7 +141,13 @@ def combine_kernel(
     part = tl.load(sums + place[:, None] * VALUE_SIZE + size[None, :], mask=inside, other=0.0)
     accumulator = tl.sum(part * shrink[:, None], 0)
     normalise, log_total = finish(
-        terms, flat_head // heads, flat_head % heads, index, tl.sum(total * shrink, 0), top, num_queries
+        terms,
+        flat_head // heads,
+        flat_head % heads,
+        index,
+        tl.sum(total * shrink, 0),
+        top,
+        num_queries,
     )
     accumulator = accumulator * (normalise * (terms.keep_scale / rule.lift))
     tl.store(

@@ -1,9 +1,10 @@
-"""From an `AttentionProblem` to kernel arguments: descriptors, terms, compile-time constants, tile shapes."""
+"""From an `AttentionProblem` to kernel arguments: tile descriptors, terms, compile-time choices."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Any
 
 import torch
 import triton
@@ -43,24 +44,35 @@ class TileShape:
         }
 
 
-# Chosen by measurement on one H200 (bf16, causal, 4096 queries; recipes/benchmark.py); 227 KiB of
-# shared memory. Key: kernel, then the larger head size rounded up to a power of two.
+# Chosen by measurement on one H200 (bf16, causal, 4096 queries), which lends a program 227 KiB of
+# shared memory. Key: kernel and the larger head size rounded up to a power of two.
 _PLAIN = {
-    "forward": {64: TileShape(128, 64, 8, 3), 128: TileShape(128, 64, 4, 2)},
-    "backward_key": {64: TileShape(64, 64, 4, 3), 128: TileShape(64, 64, 4, 2)},
-    "backward_query": {64: TileShape(128, 64, 8, 3), 128: TileShape(128, 64, 8, 3)},
+    ("forward", 64): TileShape(128, 64, 8, 3),
+    ("forward", 128): TileShape(128, 64, 4, 2),
+    ("forward", 256): TileShape(128, 64, 8, 2),
+    ("backward_key", 64): TileShape(64, 64, 4, 3),
+    ("backward_key", 128): TileShape(64, 64, 4, 2),
+    ("backward_key", 256): TileShape(64, 64, 8, 2),
+    ("backward_query", 64): TileShape(128, 64, 8, 3),
+    ("backward_query", 128): TileShape(128, 64, 8, 3),
+    ("backward_query", 256): TileShape(128, 32, 8, 2),
+    ("backward_bias", 64): TileShape(64, 64, 4, 2),
+    ("backward_bias", 128): TileShape(64, 64, 4, 2),
+    ("backward_bias", 256): TileShape(64, 32, 4, 1),
+    ("decode", 64): TileShape(16, 128, 4, 3),
+    ("decode", 128): TileShape(16, 64, 4, 3),
+    ("decode", 256): TileShape(16, 32, 4, 3),
 }
-# Additive log-weights, other responses and masks need more registers.
-_RICH = {
-    "forward": {64: TileShape(128, 64, 4, 3), 128: TileShape(128, 64, 4, 2), 256: TileShape(128, 64, 8, 2)},
-    "backward_key": {64: TileShape(64, 64, 4, 3), 128: TileShape(64, 64, 4, 2), 256: TileShape(64, 64, 8, 2)},
-    "backward_query": {64: TileShape(128, 64, 8, 3), 128: TileShape(128, 64, 8, 3), 256: TileShape(128, 32, 8, 2)},
-    "backward_bias": {64: TileShape(64, 64, 4, 2), 128: TileShape(64, 64, 4, 2), 256: TileShape(64, 32, 4, 1)},
-    "decode": {64: TileShape(16, 128, 4, 3), 128: TileShape(16, 64, 4, 3), 256: TileShape(16, 32, 4, 3)},
+# What beats them where weights carry an additive term, and where that depends on the key alone.
+_SHIFTED = _PLAIN | {("forward", 64): TileShape(128, 64, 4, 3)}
+_KEYED = _SHIFTED | {
+    ("forward", 128): TileShape(128, 64, 8, 3),
+    ("backward_query", 64): TileShape(64, 64, 4, 2),
 }
-# Wherever there is less shared memory; and for float32, whose exact products fill registers.
+# Wherever there is less shared memory; and for float32, whose exact products fill registers (Triton
+# 3.6 miscompiles tiles of 16 by 16 with 8 warps).
 _SMALL = {64: TileShape(64, 32, 4, 2), 128: TileShape(32, 32, 4, 2), 256: TileShape(16, 32, 4, 1)}
-_EXACT = {64: TileShape(32, 32, 8, 1), 128: TileShape(16, 16, 8, 1), 256: TileShape(16, 16, 8, 1)}
+_EXACT = {64: TileShape(32, 32, 8, 1), 128: TileShape(16, 32, 4, 1), 256: TileShape(16, 16, 4, 1)}
 # The interpreter runs one program at a time: large tiles are fastest, these still make several of them.
 _INTERPRETED = TileShape(32, 32, 4, 1)
 _LARGE_SHARED_MEMORY = 220 * 1024  # bytes
@@ -76,10 +88,10 @@ def tile_shape(kernel: str, call: Call) -> TileShape:
         shape = _EXACT[size]
     elif call.wide or _shared_memory(problem.query.device) < _LARGE_SHARED_MEMORY:
         shape = _SMALL[size]
-    elif call.bare:
-        shape = _PLAIN.get(kernel, {}).get(size) or _RICH[kernel][size]
+    elif call.rule.keyed.value:
+        shape = _KEYED[kernel, size]
     else:
-        shape = _RICH[kernel][size]
+        shape = (_SHIFTED if call.shifted else _PLAIN)[kernel, size]
     if kernel == "decode":
         rows = max(16, triton.next_power_of_2(problem.group * call.num_queries))
         shape = TileShape(rows, shape.block_n, shape.num_warps, shape.num_stages)
@@ -89,14 +101,15 @@ def tile_shape(kernel: str, call: Call) -> TileShape:
 @cache
 def _shared_memory(device: torch.device) -> int:
     """Bytes that one program may use."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
-def _strides(tensor: Tensor | None, count: int) -> list[int]:
-    """The first strides of a tensor, 0 for a dimension that broadcasts."""
-    if tensor is None:
-        return [0] * count
-    return [0 if tensor.shape[d] == 1 else tensor.stride(d) for d in range(count)]
+def _stride(tensor: Tensor | None, dimension: int) -> int:
+    """The stride in elements, 0 where the dimension broadcasts."""
+    if tensor is None or tensor.shape[dimension] == 1:
+        return 0
+    return tensor.stride(dimension)
 
 
 def _contiguous_float(tensor: Tensor | None) -> Tensor | None:
@@ -118,17 +131,22 @@ class Call:
         return torch.empty(self.batch, *shape, dtype=dtype, device=self.problem.query.device)
 
     def tiles(self, tensor: Tensor, rows: int) -> TensorDescriptor:
-        """Descriptor of tiles (rows, size rounded up to a power of two) of a (B, heads, length, size) tensor.
+        """Descriptor of tiles of a (B, heads, length, size) tensor, `rows` by the whole size.
 
-        Loads outside the tensor are zero. A tensor whose strides or address a descriptor cannot
-        express is copied.
+        The size is rounded up to a power of two; loads outside the tensor are zero. A tensor whose
+        strides or address a descriptor cannot express is copied.
         """
         unit = _ALIGNMENT // tensor.element_size()
         strides = [
-            stride if size > 1 else unit for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+            stride if size > 1 else unit
+            for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
         ]
         aligned = tensor.data_ptr() % _ALIGNMENT == 0
-        if not aligned or tensor.stride(-1) != 1 or any(stride % unit or stride == 0 for stride in strides):
+        if (
+            not aligned
+            or tensor.stride(-1) != 1
+            or any(stride % unit or stride == 0 for stride in strides)
+        ):
             *lead, size = tensor.shape
             padded = tensor.new_empty(*lead, triton.cdiv(size, unit) * unit)
             padded[..., :size] = tensor
@@ -144,22 +162,34 @@ class Call:
         mask = None if problem.mask is None else problem.mask.view(torch.uint8)
         start = end = keys = None
         if ranges is not None:
-            start, end = ranges.start.to(torch.int32).contiguous(), ranges.end.to(torch.int32).contiguous()
+            start, end = (
+                ranges.start.to(torch.int32).contiguous(),
+                ranges.end.to(torch.int32).contiguous(),
+            )
             keys = None if ranges.keys is None else ranges.keys.contiguous().view(torch.uint8)
+        bias, sinks = problem.bias, problem.sinks
         return Terms(
-            _contiguous_float(problem.gain),
-            _contiguous_float(problem.key_bias),
-            problem.bias,
-            *_strides(problem.bias, 4),
-            mask,
-            *_strides(mask, 4),
-            problem.sinks,
-            *_strides(problem.sinks, 3),
-            start,
-            end,
-            *_strides(start, 1),
-            keys,
-            *_strides(keys, 1),
+            gain=_contiguous_float(problem.gain),
+            key_bias=_contiguous_float(problem.key_bias),
+            bias=bias,
+            bias_batch=_stride(bias, 0),
+            bias_head=_stride(bias, 1),
+            bias_query=_stride(bias, 2),
+            bias_key=_stride(bias, 3),
+            mask=mask,
+            mask_batch=_stride(mask, 0),
+            mask_head=_stride(mask, 1),
+            mask_query=_stride(mask, 2),
+            mask_key=_stride(mask, 3),
+            sinks=sinks,
+            sinks_batch=_stride(sinks, 0),
+            sinks_head=_stride(sinks, 1),
+            sinks_query=_stride(sinks, 2),
+            start=start,
+            end=end,
+            range_batch=_stride(start, 0),
+            keys=keys,
+            keys_batch=_stride(keys, 0),
             left=problem.sliding_window,
             right=1 if problem.is_causal else problem.sliding_window,
             cap=problem.softcap,
@@ -171,7 +201,11 @@ class Call:
     def shifted(self) -> bool:
         """Whether rows carry a running maximum of their additive log-weights."""
         problem = self.problem
-        return problem.response.kind != "hill" or problem.key_bias is not None or problem.bias is not None
+        return (
+            problem.response.kind != "hill"
+            or problem.key_bias is not None
+            or problem.bias is not None
+        )
 
     @property
     def plain(self) -> bool:
@@ -182,12 +216,6 @@ class Call:
             and self.problem.response.power == 1.0
             and self.problem.softcap is None
         )
-
-    @property
-    def bare(self) -> bool:
-        """Whether tiles hold little beside scores and weights: `plain`, bounded by rows alone."""
-        problem = self.problem
-        return self.plain and problem.mask is None and problem.ranges is None and problem.dropout == 0.0
 
     @property
     def wide(self) -> bool:

@@ -118,14 +118,15 @@ def weight_and_slope(
     score = score_of(rule, terms, product, factor)
     if rule.shifted:
         additive = log_weight(
-            rule, terms, score, inverse, batch, head, flat_head // group, query, key, num_queries, num_keys
-        )
+            rule, terms, score, inverse, batch, head, flat_head // group, query, key,
+            num_queries, num_keys,
+        )  # fmt: skip
     if rule.keyed:
         if partial:
             visible = is_visible(terms, batch, head, query, key, num_queries, num_keys)
             # Naming the score keeps the tile in the layout of products.
-            additive = tl.where(visible & (score == score), additive, float("-inf"))
-            boost = exp(additive - level)
+            shown = tl.where(visible & (score == score), additive, float("-inf"))
+            boost = exp(shown - level)
         else:  # exponentials of single keys and single rows
             peak = finite(tl.max(additive))
             boost = exp(additive - peak) * exp(peak - level)
@@ -378,7 +379,7 @@ def backward_query_kernel(
             num_queries, num_keys, partial, PRESCALED,
         )  # fmt: skip
         grad_weight = matmul(grad_tile, value_tile.T, rule)
-        kept, grad_weight = keep(rule, terms, weight, grad_weight, flat_head, query[:, None], key)
+        _, grad_weight = keep(rule, terms, weight, grad_weight, flat_head, query[:, None], key)
         grad_score = slope * (grad_weight - row_delta)
         query_sum = add_matmul(query_sum, grad_score.to(key_tile.dtype), key_tile, rule)
     query_sum = query_sum * slope_factor(rule, factor, inverse)
@@ -413,11 +414,11 @@ def backward_bias_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """One program a tile of the bias; it sums over the batches, heads and tiles the bias broadcasts to."""
+    """One program a tile of the bias; it sums over whatever the bias broadcasts to."""
     bias_batch = tl.program_id(0) // bias_heads
     bias_head = tl.program_id(0) % bias_heads
     total_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(0, sum_batches * sum_heads * sum_query_tiles * sum_key_tiles):
+    for step in range(sum_batches * sum_heads * sum_query_tiles * sum_key_tiles):
         key_start = (tl.program_id(2) + step % sum_key_tiles) * BLOCK_N
         rest = step // sum_key_tiles
         query_start = (tl.program_id(1) + rest % sum_query_tiles) * BLOCK_M
@@ -443,11 +444,11 @@ def backward_bias_kernel(
         value_tile = value_tiles.load([batch, key_head, key_start, 0]).reshape(BLOCK_N, BLOCK_E)
         grad_weight = matmul(grad_tile, value_tile.T, rule)
         row, column = query[:, None], key[None, :]
-        weight, slope = weight_and_slope(
+        weight, _ = weight_and_slope(
             rule, terms, product, level[:, None], factor, inverse, flat_head, heads, group, row, column,
             num_queries, num_keys, key_start >= 0, False,
         )  # fmt: skip
-        kept, grad_weight = keep(rule, terms, weight, grad_weight, flat_head, row, column)
+        _, grad_weight = keep(rule, terms, weight, grad_weight, flat_head, row, column)
         total_sum += weight * (grad_weight - row_delta)
     key = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     query = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -455,7 +456,9 @@ def backward_bias_kernel(
         total_sum = tl.broadcast_to(tl.sum(total_sum, 0)[None, :], (BLOCK_M, BLOCK_N))
     if bias_keys == 1:
         total_sum = tl.broadcast_to(tl.sum(total_sum, 1)[:, None], (BLOCK_M, BLOCK_N))
-    place = (tl.program_id(0).to(tl.int64) * bias_queries + query[:, None]) * bias_keys + key[None, :]
+    place = (tl.program_id(0).to(tl.int64) * bias_queries + query[:, None]) * bias_keys + key[
+        None, :
+    ]
     inside = (query < bias_queries)[:, None] & (key < bias_keys)[None, :]
     tl.store(grad_bias + place, total_sum, mask=inside)
 
@@ -576,7 +579,10 @@ def backward(
         assert problem.bias is not None
         shape = tile_shape("backward_bias", call)
         grad_bias = torch.empty(problem.bias.shape, dtype=torch.float32, device=query.device)
-        tiles = (triton.cdiv(call.num_queries, shape.block_m), triton.cdiv(call.num_keys, shape.block_n))
+        tiles = (
+            triton.cdiv(call.num_queries, shape.block_m),
+            triton.cdiv(call.num_keys, shape.block_n),
+        )
         bias_batch, bias_heads, bias_queries, bias_keys = problem.bias.shape
         sums = (
             call.batch // bias_batch,
@@ -584,8 +590,8 @@ def backward(
             tiles[0] if bias_queries == 1 else 1,
             tiles[1] if bias_keys == 1 else 1,
         )
-        grid = (bias_batch * bias_heads, tiles[0] // sums[2], tiles[1] // sums[3])
-        backward_bias_kernel[grid](
+        bias_grid = (bias_batch * bias_heads, tiles[0] // sums[2], tiles[1] // sums[3])
+        backward_bias_kernel[bias_grid](
             call.tiles(query, shape.block_m),
             call.tiles(key, shape.block_n),
             call.tiles(value, shape.block_n),

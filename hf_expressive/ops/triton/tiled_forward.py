@@ -83,7 +83,7 @@ def absorb(
                 additive = tl.where(visible, additive, float("-inf"))
             else:  # a Hill response is 0 at score 0
                 score = tl.where(visible, score, 0.0)
-        if rule.plain:
+        if rule.plain:  # noqa: SIM108
             weight = plain_weight(score, inverse, rule)
         else:
             weight = response(score, inverse, rule)
@@ -105,7 +105,9 @@ def finish(terms, batch, head, query, total, top, num_queries):
     The sink joins here; a row that saw nothing gets (0, −inf).
     """
     if terms.sinks is not None:
-        place = row_place(batch, head, query, terms.sinks_batch, terms.sinks_head, terms.sinks_query)
+        place = row_place(
+            batch, head, query, terms.sinks_batch, terms.sinks_head, terms.sinks_query
+        )
         sink = tl.load(terms.sinks + place, mask=query < num_queries, other=float("-inf"))
         sink = sink.to(tl.float32)
         above = finite(tl.maximum(top, sink))
@@ -138,7 +140,7 @@ def absorb_steadily(
     num_keys,
     partial,
 ):
-    """`absorb` where the additive log-weight depends on the key alone and `shift` is near every row's top."""
+    """`absorb` where log-weights depend on the key alone and `shift` is near every row's top."""
     score = score_of(rule, terms, score, factor)
     additive = log_weight(
         rule, terms, score, inverse, batch, head, key_row, query, key, num_queries, num_keys
@@ -151,7 +153,7 @@ def absorb_steadily(
 
 
 @triton.jit
-def steady_shift(rule, peaks, inverse, first, last, inner_start, inner_end, num_keys, BLOCK_N: tl.constexpr):
+def steady_shift(rule, peaks, inverse, first, last, inner_start, inner_end, BLOCK_N: tl.constexpr):
     """(the highest log-weight of the keys first to last, whether it is near every row's own maximum).
 
     Every row sees the inner keys, so that its own maximum is at least theirs.
@@ -163,7 +165,9 @@ def steady_shift(rule, peaks, inverse, first, last, inner_start, inner_end, num_
         start = tile * BLOCK_N
         peak = tl.load(peaks + tile, mask=start < last, other=float("-inf"))
         outer = tl.maximum(outer, tl.max(peak, 0))
-        peak = tl.where((start >= inner_start) & (start + BLOCK_N <= inner_end), peak, float("-inf"))
+        peak = tl.where(
+            (start >= inner_start) & (start + BLOCK_N <= inner_end), peak, float("-inf")
+        )
         inner = tl.maximum(inner, tl.max(peak, 0))
     if rule.folded:
         outer -= tl.log2(inverse) * LN_2
@@ -285,7 +289,7 @@ def forward_kernel(
     if peaks is not None:
         peaks += (tl.program_id(0) // group).to(tl.int64) * tl.cdiv(num_keys, BLOCK_N)
         shift, steady = steady_shift(
-            rule, peaks, inverse, first, last, inner_start, inner_end, num_keys, BLOCK_N
+            rule, peaks, inverse, first, last, inner_start, inner_end, BLOCK_N
         )
         if steady:
             accumulator, total, top = walk(
@@ -320,7 +324,7 @@ def forward_kernel(
 
 
 def _peaks(call: Call, block_n: int) -> Tensor | None:
-    """The highest key bias of each tile of keys, (B · K, tiles), where rows need no maximum of their own."""
+    """The highest key bias of each tile, (B · K, tiles), where rows may share a maximum."""
     key_bias = call.terms.key_bias
     if key_bias is None or not call.rule.keyed.value or call.rule.masked.value:
         return None

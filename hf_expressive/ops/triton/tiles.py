@@ -165,7 +165,9 @@ def is_visible(terms, batch, head, query, key, num_queries, num_keys):
 
 
 @triton.jit
-def log_weight(rule, terms, score, inverse, batch, head, key_row, query, key, num_queries, num_keys):
+def log_weight(
+    rule, terms, score, inverse, batch, head, key_row, query, key, num_queries, num_keys
+):
     """The additive log-weight of the tile; −inf where the bias hides the key.
 
     key_row = batch · K + key/value head. With `rule.keyed` one value a key, shaped like `key`.
@@ -263,7 +265,7 @@ def hill_parts(score, rule):
 def response(score, inverse, rule):
     """g(z); 1 for "exp", whose score is part of the log-weight; g(z) / scale² with `rule.folded`."""
     if rule.kind == HILL:
-        raised, over, rest = hill_parts(score, rule)
+        raised, _, rest = hill_parts(score, rule)
         return raised * rest
     elif rule.kind == SQUARE:
         return score * score + rule.epsilon * inverse

@@ -1,0 +1,549 @@
+"""Speed and memory of the attention implementations, each against its rivals in one run.
+
+    python recipes/benchmark.py --device cpu
+    python recipes/benchmark.py --device cuda
+
+On the CPU: expressive attention (blockwise) against PyTorch's softmax attention and against the formula
+written naively. On a GPU: the Triton kernels against cuDNN's and PyTorch's flash softmax attention,
+flex_attention with the expressive score, and FlashAttention-4 where it is installed.
+
+Nothing is timed before its outputs and gradients agree with the float64 reference. Rivals take turns, so
+that a change of clock meets all of them; medians are reported with the 10th and 90th percentile.
+TFLOP/s count 4·B·H·S²·D a forward pass, half of it when causal, and 2.5 times that for a backward pass.
+Results: recipes/results/benchmark_<device>.json and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from tqdm import tqdm
+
+from hf_expressive.ops import expressive_attention
+from hf_expressive.ops.functional import attend
+from hf_expressive.ops.response import Response
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+RESULTS = Path(__file__).parent / "results"
+SQUARE = Response("square", epsilon=1e-5)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one measurement; causal unless there is one query."""
+
+    batch: int
+    heads: int
+    key_heads: int
+    queries: int
+    keys: int
+    size: int
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of a forward pass."""
+        total = 4.0 * self.batch * self.heads * self.queries * self.keys * self.size
+        return total / 2 if self.queries > 1 else total
+
+    def tensors(self, device: str, dtype: torch.dtype, grad: bool = False) -> list[Tensor]:
+        """Random query, key and value."""
+        generator = torch.Generator(device).manual_seed(0)
+        sizes = (
+            (self.heads, self.queries),
+            (self.key_heads, self.keys),
+            (self.key_heads, self.keys),
+        )
+        return [
+            torch.randn(
+                self.batch,
+                heads,
+                length,
+                self.size,
+                generator=generator,
+                device=device,
+                dtype=dtype,
+            ).requires_grad_(grad)
+            for heads, length in sizes
+        ]
+
+    def __str__(self) -> str:
+        heads = (
+            f"{self.heads}/{self.key_heads}" if self.heads != self.key_heads else f"{self.heads}"
+        )
+        queries = f"Q{self.queries} " if self.queries != self.keys else ""
+        return f"B{self.batch} H{heads} {queries}S{self.keys} D{self.size}"
+
+
+# --- What is compared -------------------------------------------------------------------------------
+
+
+def naive_expressive(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Expressive attention as the formula reads, with all weights in memory."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    squared = (query @ key.mT * query.shape[-1] ** -0.5).square()
+    weight = (squared / (1 + squared)).tril(key.shape[2] - query.shape[2])
+    return (weight / weight.sum(-1, keepdim=True).clamp_min(1e-30)) @ value
+
+
+def ours(query: Tensor, key: Tensor, value: Tensor, *, impl: Any) -> Tensor:
+    """Expressive attention of this package."""
+    return expressive_attention(query, key, value, is_causal=query.shape[2] > 1, impl=impl)
+
+
+@lru_cache(maxsize=2)
+def _key_magnitude(key: Tensor) -> Tensor:
+    return key.detach().float().square().sum(-1) / (2 * key.shape[-1] ** 0.5)
+
+
+def implicit_kernel(query: Tensor, key: Tensor, value: Tensor, *, impl: Any) -> Tensor:
+    """Implicit kernel attention's kernel: squared score, log-weight ‖k‖²/2√d made beforehand."""
+    key_bias = _key_magnitude(key)
+    return attend(
+        query,
+        key,
+        value,
+        response=SQUARE,
+        key_bias=key_bias,
+        is_causal=query.shape[2] > 1,
+        impl=impl,
+    )
+
+
+def softmax(query: Tensor, key: Tensor, value: Tensor, *, backend: Any = None) -> Tensor:
+    """PyTorch's fused softmax attention, by one backend or the one PyTorch picks."""
+    from torch.nn.attention import sdpa_kernel
+
+    with nullcontext() if backend is None else sdpa_kernel(backend):
+        return scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=query.shape[2] > 1,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+
+def _expressive_score(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    squared = score * score
+    return torch.log(squared / (1 + squared))
+
+
+def _is_causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return i >= j
+
+
+@cache
+def _compiled_flex() -> Any:
+    import torch._dynamo.config
+    import torch._functorch.config
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.config.recompile_limit = 64  # one program a shape, with and without gradients
+    torch._functorch.config.donated_buffer = False  # the timed backward pass runs many times
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@cache
+def _causal_blocks(length: int) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(_is_causal, None, None, length, length, device="cuda")
+
+
+def flex_expressive(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Expressive attention as softmax of log(z²/(1+z²)) by flex_attention."""
+    result: Tensor = _compiled_flex()(
+        query,
+        key,
+        value,
+        score_mod=_expressive_score,
+        block_mask=_causal_blocks(query.shape[2]),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return result
+
+
+def flash_attention_4(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """FlashAttention-4; its layout is (batch, length, heads, size)."""
+    from flash_attn.cute import flash_attn_func
+
+    out = flash_attn_func(
+        *(x.transpose(1, 2) for x in (query, key, value)), causal=query.shape[2] > 1
+    )
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+def rivals(device: str) -> dict[str, Attention]:
+    """Everything that is compared on a device."""
+    if device == "cpu":
+        return {
+            "expressive, blockwise": partial(ours, impl="blockwise"),
+            "softmax, sdpa": softmax,
+            "expressive, naive": naive_expressive,
+        }
+    from torch.nn.attention import SDPBackend
+
+    named: dict[str, Attention] = {
+        "expressive, Triton": partial(ours, impl="triton"),
+        "implicit kernel, Triton": partial(implicit_kernel, impl="triton"),
+        "softmax, cuDNN": partial(softmax, backend=SDPBackend.CUDNN_ATTENTION),
+        "softmax, flash": partial(softmax, backend=SDPBackend.FLASH_ATTENTION),
+        "expressive, flex_attention": flex_expressive,
+    }
+    try:
+        import flash_attn.cute  # noqa: F401
+    except ImportError:
+        return named
+    return named | {"softmax, FlashAttention-4": flash_attention_4}
+
+
+def reference_of(name: str) -> Attention:
+    """What a rival has to compute, for float64 tensors."""
+    if name.startswith("softmax"):
+        return softmax
+    if name.startswith("implicit"):
+        return partial(implicit_kernel, impl="reference")
+    return partial(ours, impl="reference")
+
+
+def check(name: str, attention: Attention, device: str, dtype: torch.dtype) -> None:
+    """Raises SystemExit unless output and gradients agree with the float64 reference."""
+    shape = Shape(2, 4, 2, 384, 384, 64)
+    rough = shape.tensors(device, dtype, grad=True)
+    exact = [tensor.detach().double().requires_grad_() for tensor in rough]
+    out, expected = attention(*rough), reference_of(name)(*exact)
+    grad = torch.randn_like(expected)
+    found = [out, *torch.autograd.grad(out, rough, grad.to(dtype))]
+    wanted = [expected, *torch.autograd.grad(expected, exact, grad)]
+    limit = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
+    for what, a, b in zip(("output", "dq", "dk", "dv"), found, wanted, strict=True):
+        error = float(((a.double() - b).norm() / b.norm()).detach())
+        if not error < limit:
+            raise SystemExit(
+                f"{name}: {what} is off by {error:.2g} of its norm; nothing was measured."
+            )
+
+
+# --- Measuring --------------------------------------------------------------------------------------
+
+
+def timed(run: Callable[[], Any], device: str, least_seconds: float) -> float:
+    """Seconds of one call, averaged over as many as take `least_seconds`."""
+    if device == "cpu":
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    count = max(1, round(least_seconds / max(start.elapsed_time(end) / 1e3, 1e-6)))
+    start.record()
+    for _ in range(count):
+        run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end) / 1e3 / count)
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same GPU work as a CUDA graph, without the time that Python takes to launch it."""
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def passes(
+    attention: Attention, tensors: list[Tensor], device: str
+) -> dict[str, Callable[[], Any]]:
+    """The calls that are timed: forward and, on a GPU, backward; on a CPU both together."""
+    with torch.no_grad():
+        out = attention(*tensors)
+    runs: dict[str, Callable[[], Any]] = {"forward": torch.no_grad()(lambda: attention(*tensors))}
+    if tensors[0].shape[2] == 1:
+        runs["forward, graph"] = captured(runs["forward"])
+        return runs
+    grad = torch.randn_like(out)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    if device == "cpu":
+        runs["forward + backward"] = lambda: torch.autograd.grad(attention(*leaves), leaves, grad)
+        return runs
+    graph = attention(*leaves)
+    runs["backward"] = lambda: torch.autograd.grad(graph, leaves, grad, retain_graph=True)
+    return runs
+
+
+def peak_memory(attention: Attention, shape: Shape, dtype: torch.dtype) -> float:
+    """MiB that forward and backward take on a GPU beyond their inputs."""
+    tensors = shape.tensors("cuda", dtype, grad=True)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = attention(*tensors)
+    torch.autograd.grad(out, tensors, torch.ones_like(out))
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def highest_resident() -> float:
+    """Largest resident size of this process so far in MiB."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    # Not ru_maxrss, which a child inherits from its parent on Linux.
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def resident_memory(name: str, length: int) -> None:
+    """Prints the MiB by which forward and backward raise the largest resident size of this process."""
+    attention, shape = rivals("cpu")[name], Shape(1, 8, 8, length, length, 64)
+    for small in (Shape(1, 8, 8, 128, 128, 64), shape):
+        before = highest_resident()
+        tensors = small.tensors("cpu", torch.float32, grad=True)
+        held = 3 * sum(
+            tensor.nbytes for tensor in tensors
+        )  # inputs, their gradients, output and its own
+        torch.autograd.grad(attention(*tensors).sum(), tensors)
+    print(max(0.0, highest_resident() - before - held / 2**20))
+
+
+def measure(
+    shape: Shape, chosen: dict[str, Attention], device: str, dtype: torch.dtype, repeats: int
+) -> list[dict[str, Any]]:
+    """One record a rival and pass; the rivals take turns."""
+    runs: dict[tuple[str, str], Callable[[], Any]] = {}
+    failed: list[dict[str, Any]] = []
+    for name, attention in chosen.items():
+        try:
+            for what, run in passes(attention, shape.tensors(device, dtype), device).items():
+                run()
+                runs[name, what] = run
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            failed.append({"shape": str(shape), "name": name, "error": str(error).splitlines()[0]})
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    for _ in range(repeats):
+        for key, run in runs.items():
+            seconds[key].append(timed(run, device, 0.02))
+    records = []
+    for (name, what), values in seconds.items():
+        values.sort()
+        median = statistics.median(values)
+        cost = {"backward": 2.5, "forward + backward": 3.5}.get(what, 1.0)
+        records.append(
+            {
+                "shape": str(shape),
+                **asdict(shape),
+                "name": name,
+                "pass": what,
+                "milliseconds": round(median * 1e3, 4),
+                "p10": round(values[len(values) // 10] * 1e3, 4),
+                "p90": round(values[-1 - len(values) // 10] * 1e3, 4),
+                "tflops": float(f"{cost * shape.flops / median / 1e12:.4g}"),
+            }
+        )
+    return records + failed
+
+
+def run_cpu(repeats: int, longest: int) -> dict[str, Any]:
+    """Times at several lengths, memory up to `longest`."""
+    chosen = rivals("cpu")
+    for name, attention in chosen.items():
+        check(name, attention, "cpu", torch.float32)
+    lengths = [length for length in (1024, 2048, 4096) if length <= longest]
+    memory_lengths = [length for length in (2048, 4096, 8192, 16384) if length <= longest]
+    times, memory = [], []
+    for length in tqdm(lengths, desc="time"):
+        times += measure(Shape(1, 8, 8, length, length, 64), chosen, "cpu", torch.float32, repeats)
+    jobs = [
+        (name, length)
+        for name in chosen
+        for length in memory_lengths
+        if length <= 4096 or "naive" not in name
+    ]
+    for name, length in tqdm(jobs, desc="memory"):
+        command = [sys.executable, __file__, "--resident-memory", name, str(length)]
+        child = subprocess.run(command, capture_output=True, text=True, check=True)
+        memory.append({"name": name, "keys": length, "MiB": round(float(child.stdout), 1)})
+    return {"times": times, "memory": memory}
+
+
+def run_cuda(repeats: int, longest: int) -> dict[str, Any]:
+    """Times of three standard shapes, of grouped heads at several lengths, of decoding; memory."""
+    dtype = torch.bfloat16
+    chosen = {}
+    for name, attention in tqdm(rivals("cuda").items(), desc="check"):
+        try:
+            check(name, attention, "cuda", dtype)
+        except RuntimeError as error:
+            if "Triton" in name:
+                raise
+            print(f"{name} does not run here: {str(error).splitlines()[0]}", file=sys.stderr)
+        else:
+            chosen[name] = attention
+    without_flex = {name: run for name, run in chosen.items() if "flex" not in name}
+    standard = [
+        Shape(4, 16, 16, 4096, 4096, 128),
+        Shape(4, 32, 32, 4096, 4096, 64),
+        Shape(1, 16, 16, 16384, 16384, 128),
+    ]
+    lengths = [length for length in (2048, 4096, 8192, 16384, 32768, 65536) if length <= longest]
+    grouped = [Shape(max(1, 16384 // length), 32, 8, length, length, 128) for length in lengths]
+    decoding = [Shape(16, 32, 8, 1, 32768, 128), Shape(1, 32, 8, 1, 32768, 128)]
+    times, memory = [], []
+    for shape in tqdm(standard + grouped + decoding, desc="time"):
+        rounds = repeats if shape.keys <= 16384 else max(3, repeats // 4)
+        used = chosen if shape in standard else without_flex
+        if shape in decoding:
+            used = {n: run for n, run in chosen.items() if "Triton" in n} | {
+                "softmax, sdpa": softmax
+            }
+        times += measure(shape, used, "cuda", dtype, rounds)
+        torch.cuda.empty_cache()
+    for shape in tqdm(standard[:1] + grouped, desc="memory"):
+        for name, attention in without_flex.items():
+            peak = peak_memory(attention, shape, dtype)
+            memory.append(
+                {"name": name, "shape": str(shape), "keys": shape.keys, "MiB": round(peak, 1)}
+            )
+    return {"times": times, "memory": memory}
+
+
+# --- Reporting --------------------------------------------------------------------------------------
+
+
+def environment(device: str, commit: str | None) -> dict[str, Any]:
+    """What a reader needs to place the numbers."""
+    import triton
+
+    if commit is None:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        commit = done.stdout.strip() or "unknown"
+    processor = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    return {
+        "device": processor,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """Times beside the first softmax rival of the same shape and pass."""
+    rows = [record for record in results["times"] if "error" not in record]
+    for row in rows:
+        same = [r for r in rows if (r["shape"], r["pass"]) == (row["shape"], row["pass"])]
+        softmax_time = next(r["milliseconds"] for r in same if r["name"].startswith("softmax"))
+        print(
+            f"{row['shape']:28} {row['pass']:19} {row['name']:28} {row['milliseconds']:10.3f} ms "
+            f"[{row['p10']:.3f}, {row['p90']:.3f}] {row['tflops']:8.3g} TFLOP/s "
+            f"{softmax_time / row['milliseconds']:5.2f} × softmax"
+        )
+    for record in results["times"]:
+        if "error" in record:
+            print(f"{record['shape']:28} {record['name']:28} failed: {record['error']}")
+    for row in results["memory"]:
+        print(f"memory {row['keys']:6} keys {row['name']:28} {row['MiB']:10.1f} MiB")
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Throughput against length, one panel a pass."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [r for r in results["times"] if "error" not in r and r["queries"] > 1]
+    heads = max({r["heads"] // r["key_heads"] for r in rows})
+    rows = [r for r in rows if r["heads"] // r["key_heads"] == heads]
+    kinds = list(dict.fromkeys(r["pass"] for r in rows))
+    names = list(dict.fromkeys(r["name"] for r in rows))
+    figure, axes = pyplot.subplots(1, len(kinds), figsize=(5.5 * len(kinds), 4.2), squeeze=False)
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        for name in names:
+            line = sorted(
+                (r["keys"], r["tflops"]) for r in rows if (r["name"], r["pass"]) == (name, kind)
+            )
+            axis.plot(*zip(*line, strict=True), marker="o", label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("length")
+        axis.set_ylabel("TFLOP/s")
+        axis.set_title(kind)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    sample = rows[0]
+    figure.suptitle(
+        f"{results['environment']['device']}, "
+        f"{sample['heads']}/{sample['key_heads']} heads of {sample['size']}, causal"
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="what to measure on"
+    )
+    parser.add_argument("--repeats", type=int, default=9, help="turns of each rival (default 9)")
+    parser.add_argument(
+        "--longest", type=int, default=65536, help="longest sequence (default 65536)"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS, help="folder of the JSON file and the plot"
+    )
+    parser.add_argument("--commit", help="commit to record (default: asks git)")
+    parser.add_argument("--resident-memory", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.resident_memory is not None:
+        resident_memory(options.resident_memory[0], int(options.resident_memory[1]))
+        return
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that PyTorch sees; use --device cpu.")
+    run = run_cpu if options.device == "cpu" else run_cuda
+    results = {
+        "environment": environment(options.device, options.commit),
+        **run(options.repeats, options.longest),
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"benchmark_{options.device}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    plot(results, path.with_suffix(".png"))
+    print_table(results)
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
