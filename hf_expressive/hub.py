@@ -28,6 +28,7 @@ class _About:
     name: str
     explanation: str
     formula: str
+    options: str
     source: str
 
 
@@ -42,8 +43,13 @@ _ABOUT = {
         ),
         formula=(
             "z_ij = scale · q_i·k_j\n"
-            "w_ij = z_ij^(2·power) / (1 + z_ij^(2·power))\n"
+            "w_ij = (z_ij²)^power / (1 + (z_ij²)^power)\n"
             "out_i = Σ_j w_ij v_j / Σ_j w_ij"
+        ),
+        options=(
+            "`scale` is a number, `module` for the attention layer's own factor, or `learned` for that "
+            "times a learned gain a head. `softmax_layers` and `softmax_heads` count what keeps softmax "
+            "attention."
         ),
         source="C. Gros, [arXiv:2407.18601](https://arxiv.org/abs/2407.18601)",
     ),
@@ -61,6 +67,10 @@ _ABOUT = {
             "K_ij = (φ(q_i)·φ(k_j))² + epsilon, or for rbf exp(-‖q_i - k_j‖² / (2√d))\n"
             "w_ij = K_ij · exp(‖k_j‖_p² / (2√d))\n"
             "out_i = Σ_j w_ij v_j / Σ_j w_ij"
+        ),
+        options=(
+            "`kernel` tells how φ is made, from `num_features` frequencies a density; `p` belongs to "
+            "the norm. `softmax_layers` and `softmax_heads` count what keeps softmax attention."
         ),
         source=(
             "K. Song, Y. Jung, D. Kim, I.-C. Moon, AAAI 2021, "
@@ -108,8 +118,8 @@ def render_card(
             whose `attention` has the model's mechanism and options.
         seed: which of these runs the model is; without it the card gives mean and spread alone.
         name: title of the card. Default: the last part of `model_id`, else model type and mechanism.
-        model_id: name on the Hub, for the loading example; without it the example loads the folder
-            in which the card lies.
+        model_id: name on the Hub, or path, for the loading example; without it the example loads the
+            folder in which the card lies.
         base_model: Hub name of the model, or models, this one was made from.
         datasets: Hub name of the data set, or data sets, it was trained on.
         license: identifier of its licence on the Hub, e.g. `"apache-2.0"`.

@@ -424,6 +424,10 @@ def describe(task: TaskOptions) -> dict[str, Any]:
             "range": [0.0, 1.0],
             "chance": 1 / task.basis,
         },
+        "training": (
+            "Adam with a constant learning rate, on the cross-entropy of the determined symbols; no "
+            "dropout, no weight decay."
+        ),
         "limits": [
             f"It predicts {name} sequences of up to {task.length} symbols and nothing else: it is "
             "a demonstration of attention, not a language model."

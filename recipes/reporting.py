@@ -29,6 +29,7 @@ from accelerate import Accelerator
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 import hf_expressive
 from hf_expressive.hub import render_card
@@ -109,11 +110,11 @@ class Record:
 
     Attributes:
         recipe: name of the script.
-        task: `type` (a pipeline tag of the Hub), `name`, `description`, and `limits`, sentences for
-            the model card; `dataset` with `name`, `type` (its Hub name, or `"generated"`),
-            `description`, and where they exist `split` and `args`; `metric` with `type`, `name`,
-            `key` in the curves, `description`, and where they exist `range` and `chance` (the value
-            of a blind guess).
+        task: `type` (a pipeline tag of the Hub), `name`, `description`; for the model card
+            `training`, a sentence on objective and optimiser, and `limits`, sentences; `dataset` with
+            `name`, `type` (its Hub name, or `"generated"`), `description`, and where they exist
+            `split` and `args`; `metric` with `type`, `name`, `key` in the curves, `description`, and
+            where they exist `range` and `chance` (the value of a blind guess).
         settings: the resolved options.
         runs: the training runs.
         environment: see `environment`.
@@ -308,6 +309,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of the trained model")
     parser.add_argument("--seed", type=int, help="which of the runs the model is")
     parser.add_argument("--name", help="name of the model in the card")
+    parser.add_argument("--model-id", help="what the card's example loads, if not its own folder")
     parser.add_argument("--license", help="identifier of the model's licence on the Hub")
     given = parser.parse_args()
     if (given.card is None) != (given.model is None):
@@ -317,6 +319,7 @@ def main() -> None:
     if given.plot is not None:
         plot(record, given.plot)
     if given.card is not None:
+        disable_progress_bar()  # Transformers' own, for loading
         config = transformers.AutoConfig.from_pretrained(given.model)
         model = getattr(transformers, config.architectures[0]).from_pretrained(given.model)
         card = render_card(
@@ -324,6 +327,7 @@ def main() -> None:
             results=record.to_dict(),
             seed=given.seed,
             name=given.name,
+            model_id=given.model_id,
             license=given.license,
         )
         write_text(given.card, f"{card}")

@@ -37,6 +37,7 @@ RESULTS: dict[str, Any] = {
             "name": "share of hits",
             "description": "Hits by numbers said.",
         },
+        "training": "By hand.",
         "limits": ["It counts to nine."],
     },
     "settings": {"learning_rate": 0.002, "seeds": [0, 1], "words": []},
@@ -171,6 +172,7 @@ def test_model_index_holds_the_results() -> None:
 def test_text_tells_the_record() -> None:
     found = sections(render_card(tiny(), results=RESULTS, seed=0))
     assert found["Data"] == "Say the next number.\n\nOne hundred rows of numbers."
+    assert found["Training"].startswith("By hand.\n\n| setting |")
     assert "| learning rate | 0.002 |" in found["Training"]
     assert "| seeds | 0, 1 |" in found["Training"]
     assert "| words | none |" in found["Training"]

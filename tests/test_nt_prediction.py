@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
-import subprocess
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from launching import ONE, RECIPES, REPOSITORY, TWO, launch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -24,13 +23,11 @@ from transformers import AutoModelForCausalLM
 import hf_expressive
 from hf_expressive.hub import render_card
 
-REPOSITORY = Path(__file__).parents[1]
-RECIPES = REPOSITORY / "recipes"
 sys.path.insert(0, str(RECIPES))
 
-import arguments  # noqa: E402
-import nt_prediction as recipe  # noqa: E402
-import reporting  # noqa: E402
+import arguments
+import nt_prediction as recipe
+import reporting
 
 SMALL = recipe.TaskOptions(basis=5, delay=3, length=11, train_size=70, validation_size=37)
 
@@ -426,46 +423,12 @@ TINY = [
 ]
 
 
-def launch(command: list[str], options: list[str]) -> subprocess.CompletedProcess[str]:
-    """Runs the recipe in processes of its own, without a GPU and with one thread each."""
-    variables = {
-        "PYTHONPATH": str(REPOSITORY),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "COLUMNS": "120",
-    }
-    with subprocess.Popen(
-        [*command, *options],
-        env={**os.environ, **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            stdout, stderr = process.communicate(timeout=300)
-        except BaseException:
-            # The launcher's own children go with it.
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
-ACCELERATE = [
-    *(sys.executable, "-m", "accelerate.commands.launch"),
-    *("--config_file", str(RECIPES / "configs" / "cpu.yaml")),
-    str(RECIPES / "nt_prediction.py"),
-]
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Output folder and terminal output of a small run with every kind of result."""
     folder = tmp_path_factory.mktemp("run") / "nt"
-    done = launch(
-        ACCELERATE,
-        [*TINY, "--output_dir", str(folder), "--attention", "sdpa", "expressive:power=2"],
-    )
+    kinds = ("--attention", "sdpa", "expressive:power=2")
+    done = launch(ONE, "nt_prediction.py", *TINY, "--output_dir", str(folder), *kinds)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -519,20 +482,21 @@ def test_run_writes_picture_table_and_cards(finished: tuple[Path, str]) -> None:
     assert output.count("loaded again, accuracy") == 4
 
 
-def test_record_can_be_shown_again(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_record_can_be_shown_again(
+    finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, _ = finished
-    made = tmp_path / "again.png", tmp_path / "card.md"
+    picture, card = tmp_path / "again.png", tmp_path / "card.md"
     model = folder / "expressive-power=2-seed7"
-    done = launch(
-        [sys.executable, str(RECIPES / "reporting.py")],
-        [
-            *(str(folder / "results.json"), "--plot", str(made[0]), "--card", str(made[1])),
-            *("--model", str(model), "--seed", "7", "--name", "nt-4-4-expressive-power=2-seed7"),
-        ],
-    )
-    assert done.returncode == 0, done.stderr
-    assert made[0].read_bytes() == (folder / "accuracy.png").read_bytes()
-    assert made[1].read_text() == (model / "README.md").read_text()
+    command = [
+        *("reporting.py", str(folder / "results.json"), "--plot", str(picture)),
+        *("--card", str(card), "--model", str(model), "--seed", "7"),
+        *("--name", "nt-4-4-expressive-power=2-seed7"),
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    reporting.main()
+    assert picture.read_bytes() == (folder / "accuracy.png").read_bytes()
+    assert card.read_text() == (model / "README.md").read_text()
 
 
 #: Runs the recipe, and keeps every process's weights of every model that it saves.
@@ -559,26 +523,21 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_two_processes_train_the_model_of_one(tmp_path: Path) -> None:
-    options = [*TINY, "--attention", "expressive:scale=learned", "--seeds", "5"]
-    options += ["--steps", "9", "--evaluate_every", "3"]
+    options = [*TINY, "--attention", "expressive:scale=learned", "--seeds", "5", "--steps", "9"]
+    options += ["--evaluate_every", "3", "--output_dir"]
     script = tmp_path / "each_process.py"
     script.write_text(EACH_PROCESS)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc_per_node", "2", str(script), str(RECIPES / "nt_prediction.py")]
-
-    two = launch(torchrun, [*options, "--output_dir", str(tmp_path / "two")])
-    assert two.returncode == 0, two.stderr
-    one = launch(ACCELERATE, [*options, "--output_dir", str(tmp_path / "one")])
-    assert one.returncode == 0, one.stderr
-    parts = [
-        *options,
-        "--gradient_accumulation_steps",
-        "2",
-        "--output_dir",
-        str(tmp_path / "parts"),
-    ]
-    accumulated = launch(ACCELERATE, parts)
-    assert accumulated.returncode == 0, accumulated.stderr
+    for done in (
+        launch(
+            TWO, str(script), str(RECIPES / "nt_prediction.py"), *options, str(tmp_path / "two")
+        ),
+        launch(ONE, "nt_prediction.py", *options, str(tmp_path / "one")),
+        launch(
+            *(ONE, "nt_prediction.py", *options, str(tmp_path / "parts")),
+            *("--gradient_accumulation_steps", "2"),
+        ),
+    ):
+        assert done.returncode == 0, done.stderr
 
     records = {
         name: json.loads((tmp_path / name / "results.json").read_text())
@@ -627,7 +586,8 @@ def test_published_card_and_picture_belong_to_the_published_record(tmp_path: Pat
     config.hf_expressive = trained["attention"]
     model = AutoModelForCausalLM.from_config(config)
     name = "nt-16-5-expressive"
-    card = render_card(model, results=content, seed=trained["seed"], name=name)
+    folder = f"outputs/nt_prediction/{trained['folder']}"
+    card = render_card(model, results=content, seed=trained["seed"], name=name, model_id=folder)
     published_card = REPOSITORY / "model_cards" / f"{name}.md"
     assert published_card.read_text(encoding="utf-8") == f"{card}"
 

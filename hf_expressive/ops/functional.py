@@ -206,7 +206,8 @@ def choose(problem: AttentionProblem, impl: str, *, return_weights: bool = False
     if return_weights:
         if impl not in ("auto", "reference"):
             raise NotImplementedError(
-                f"impl={impl!r} never holds the weights and cannot return them; use impl='reference' or 'auto'."
+                f"impl={impl!r} never holds the weights and cannot return them; use "
+                "impl='reference' or 'auto'."
             )
         return "reference"
     if impl == "auto":
@@ -283,7 +284,8 @@ def _problem(
         sinks = sinks[None, :, None, None] if sinks.dim() == 1 else sinks
         if sinks.dim() != 4 or sinks.shape[3] != 1 or not _broadcasts(sinks, (*full[:3], 1)):
             raise ValueError(
-                f"sinks must be ({heads},) or ({batch} or 1, {heads} or 1, {num_queries} or 1, 1), got {given}."
+                f"sinks must be ({heads},) or ({batch} or 1, {heads} or 1, {num_queries} or 1, 1), "
+                f"got {given}."
             )
         sinks = sinks[..., 0]
     if sliding_window is not None and not (isinstance(sliding_window, int) and sliding_window >= 1):
@@ -329,13 +331,15 @@ def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(
-                f"{name} must have four dimensions (batch, heads, length, dim), got shape {tuple(tensor.shape)}."
+                f"{name} must have four dimensions (batch, heads, length, dim), "
+                f"got shape {tuple(tensor.shape)}."
             )
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}.")
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(
-            f"query, key and value must share one dtype, got {query.dtype}, {key.dtype} and {value.dtype}."
+            f"query, key and value must share one dtype, got {query.dtype}, {key.dtype} and "
+            f"{value.dtype}."
         )
     if (
         query.shape[0] != key.shape[0]
@@ -343,8 +347,9 @@ def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
         or query.shape[3] != key.shape[3]
     ):
         raise ValueError(
-            "query (batch, heads, query, dim), key (batch, kv heads, keys, dim) and value (batch, kv heads, keys, "
-            f"value dim) do not fit: {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}."
+            "query (batch, heads, query, dim), key (batch, kv heads, keys, dim) and value "
+            "(batch, kv heads, keys, value dim) do not fit: "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}."
         )
     if key.shape[1] == 0 or query.shape[1] % key.shape[1] != 0:
         raise ValueError(
@@ -378,12 +383,13 @@ def _check_ranges(ranges: KeyRanges, batch: int, num_queries: int, num_keys: int
     if not fits:
         shapes = [None if part is None else tuple(part.shape) for part in parts]
         raise ValueError(
-            f"attention_mask: KeyRanges must hold start and end (batch or 1, {num_queries}) and keys (batch or 1, "
-            f"{num_keys}) for batch {batch}, got {shapes}."
+            f"attention_mask: KeyRanges must hold start and end (batch or 1, {num_queries}) and keys "
+            f"(batch or 1, {num_keys}) for batch {batch}, got {shapes}."
         )
     integers = all(part.dtype in (torch.int32, torch.int64) for part in (ranges.start, ranges.end))
     if not integers or (ranges.keys is not None and ranges.keys.dtype != torch.bool):
         dtypes = [None if part is None else part.dtype for part in parts]
         raise ValueError(
-            f"attention_mask: KeyRanges must hold start and end as int32 or int64 and keys as bool, got {dtypes}."
+            "attention_mask: KeyRanges must hold start and end as int32 or int64 and keys as bool, "
+            f"got {dtypes}."
         )
