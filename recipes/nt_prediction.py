@@ -315,6 +315,7 @@ def train(experiment: Experiment, data: DatasetDict, attention: Attention, seed:
         desc=title,
         unit="step",
         dynamic_ncols=True,
+        mininterval=1.0,
         disable=not accelerator.is_main_process,
     )
 
@@ -323,7 +324,7 @@ def train(experiment: Experiment, data: DatasetDict, attention: Attention, seed:
         for key, value in {"step": step, **values}.items():
             curve[key].append(value)
         accelerator.log({f"{title}/{key}": value for key, value in values.items()}, step=step)
-        bar.set_postfix({key: f"{value:.4f}" for key, value in values.items()})
+        bar.set_postfix({key: f"{value:.4f}" for key, value in values.items()}, refresh=False)
         return values
 
     start = time.perf_counter()

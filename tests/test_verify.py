@@ -83,7 +83,7 @@ def test_other_families_pass_what_applies() -> None:
     assert passed["vit"] == {"every layer ran", "exact", "finite"}
 
 
-def test_packing_by_lengths_where_the_architecture_drops_positions() -> None:
+def test_packing_by_lengths_where_positions_do_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     config = GptOssConfig(
         num_key_value_heads=2,
@@ -94,9 +94,15 @@ def test_packing_by_lengths_where_the_architecture_drops_positions() -> None:
         **_SIZES,
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="expressive")
-    packed = {check.name: check for check in verify(model).checks}["packed = separate"]
-    assert packed.passed
-    assert "cu_seq_lens" in packed.detail
+
+    def packed() -> str:
+        check = {check.name: check for check in verify(model).checks}["packed = separate"]
+        assert check.passed
+        return check.detail
+
+    assert "position_ids" in packed()
+    monkeypatch.setattr(contract, "packed_rows", lambda position_ids: None)
+    assert "only with cu_seq_lens_q" in packed()
 
 
 def test_mode_and_random_state_are_kept() -> None:

@@ -1,7 +1,8 @@
 """The contract with Transformers: what models pass to an attention function, and what it means.
 
 The mask is what rules. `is_causal` and `sliding_window` repeat what a given mask already says (no
-eager attention in Transformers reads them), so they count only where there is no mask.
+eager attention in Transformers reads them), so they count only where there is no mask. Without a mask
+and without `is_causal=True` everything is visible, as in eager attention.
 """
 
 from __future__ import annotations
@@ -95,10 +96,9 @@ def _visibility(
     num_queries, num_keys = query.shape[2], key.shape[2]
     packed = _packed(query, key, attention_mask, kwargs)
     if attention_mask is None:
-        is_causal = kwargs.get("is_causal")
-        if is_causal is None:
-            is_causal = getattr(module, "is_causal", False)
-        is_causal = bool(is_causal) and num_queries > 1
+        # Our mask function never returns None: this one is the model's own, and to its eager attention
+        # it means that everything is visible, whatever the attribute `module.is_causal` says.
+        is_causal = bool(kwargs.get("is_causal")) and num_queries > 1
         if is_causal and num_queries != num_keys:
             # Without a mask a longer key sequence is the tail of a static cache, not yet written.
             end = torch.arange(1, num_queries + 1, device=query.device, dtype=torch.int32)[None]

@@ -361,7 +361,6 @@ KEEP_EAGER: dict[str, tuple[str, ...]] = {
     "janus": ("vq_config",),
     "kosmos2_5": ("vision_config",),
     "maskformer": ("backbone_config",),
-    "muse_spark": ("audio_config",),
     "pp_formulanet": ("vision_config",),
     "sam": ("vision_config",),
     "sam_hq": ("vision_config",),
@@ -372,7 +371,9 @@ KEEP_EAGER: dict[str, tuple[str, ...]] = {
 # registry and modules that compute attention by themselves. The package must refuse them.
 REFUSED: dict[str, str] = {
     "bigbird_pegasus": "the encoder's attention, sparse or full, is its own",
+    "esmfold2": "a pooling head computes a softmax and a product itself",
     "evolla": "the sequence compressor's attention is its own",
+    "inkling2": "the residual over blocks computes a softmax and a product itself",
     "longt5": "the encoder's local attention is its own",
     "pegasus_x": "the encoder's global-local attention is its own",
 }
