@@ -1,7 +1,8 @@
 """Regression by attention: a curve or a table, all of its points one sequence, against GPs.
 
     accelerate launch recipes/regression.py
-    accelerate launch recipes/regression.py --dataset airline --file airline.csv --target passengers
+    accelerate launch recipes/regression.py --dataset airline
+    accelerate launch recipes/regression.py --dataset concrete --file concrete.csv --target strength
     accelerate launch recipes/regression.py --attention sdpa expressive:scale=learned gp-rbf
 
 The protocol is that of K. Song, Y. Jung, D. Kim, I.-C. Moon, "Implicit kernel attention", AAAI 2021,
@@ -15,17 +16,17 @@ epochs: it selects on the points it reports, so it is too good. "selected" halve
 points, and each half is measured at the epoch that is best on the other. "last epoch", which selects
 nothing, is in results.json beside them.
 
-co2 (monthly means of the flask samples of Mauna Loa, 1958 to 2001) comes with statsmodels. The other
-data sets of the paper are not ours to ship: --file takes a CSV file of numbers with a line of column
-names. airline: the monthly passengers of Box and Jenkins, in R's `AirPassengers`; housing: the
-Boston data of Harrison and Rubinfeld; concrete and parkinsons: UCI Machine Learning Repository.
-Heads and exponents p follow the paper's table for each. What we do not know of the paper is ours:
-inputs and targets are standardised, the weights start as PyTorch's layers do, no dropout but that of
-the magnitudes.
+co2 (monthly means of the flask samples of Mauna Loa, 1958 to 2001) comes with statsmodels, airline (the
+monthly passengers of Box and Jenkins) with sktime. The other data sets of the paper are not ours to
+ship: --file takes a CSV file of numbers with a line of column names. housing: the Boston data of
+Harrison and Rubinfeld; concrete and parkinsons: UCI Machine Learning Repository. Heads and exponents p
+follow the paper's table for each. What we do not know of the paper is ours: inputs and targets are
+standardised, the weights start as PyTorch's layers do, no dropout but that of the magnitudes.
 
-Several processes share the runs among them:
+A repeat of co2 takes six minutes on one CPU core, one of airline half a minute. Several processes
+share the kinds among them, and --resume goes on where an interrupted run ended, a repeat at a time:
 
-    accelerate launch --num_processes 4 recipes/regression.py
+    accelerate launch --num_processes 4 recipes/regression.py --resume
 """
 
 from __future__ import annotations
@@ -115,6 +116,14 @@ class OutputOptions:
 
     output_dir: str = option("outputs/regression", "folder for results and picture")
     overwrite: bool = option(False, "replace the results that the output folder already holds")
+    resume: bool = option(
+        False, "keep the repeats that the output folder already holds, add the others"
+    )
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.overwrite and self.resume), "--overwrite and --resume exclude each other."
+        )
 
 
 @dataclass(frozen=True)
@@ -369,31 +378,56 @@ def describe(points: Points, training: TrainingOptions) -> dict[str, Any]:
     }
 
 
+def finished_runs(results: Path, settings: dict[str, Any], versions: dict[str, str]) -> list[Run]:
+    """The runs of a record to which further repeats are to be added.
+
+    Raises:
+        ValueError: it was made with other settings or versions, so that its runs are not comparable.
+    """
+    before = Record.load(results)
+    made = {**before.settings, **before.environment["versions"]}
+    now = {**settings, **versions}
+    other = [name for name in now if name != "repeats" and made.get(name) != now[name]]
+    require(
+        not other,
+        f"--resume: {results} was made with other {', '.join(other)}; repeat its command, or choose "
+        "another --output_dir.",
+    )
+    return [run for run in before.runs if run.seed < settings["repeats"]]
+
+
 def main() -> None:
     data, training, output = parse(
         [DataOptions, TrainingOptions, OutputOptions], "regression.py", __doc__
     )
     folder = Path(output.output_dir)
     results, picture = folder / "results.json", folder / "fit.png"
-    if results.exists() and not output.overwrite:
-        sys.exit(f"error: {results} exists; choose another --output_dir, or pass --overwrite.")
+    if results.exists() and not (output.overwrite or output.resume):
+        sys.exit(
+            f"error: {results} exists; choose another --output_dir, or pass --overwrite or --resume."
+        )
+    accelerator = Accelerator()
+    runs: list[Run] = []
     try:
         kinds = Kind.parse_all(data, training)
         points = read_points(data)
+        settings = {**asdict(data), **asdict(training), "attention": [kind.text for kind in kinds]}
+        if results.exists() and output.resume:
+            runs = finished_runs(results, settings, environment(accelerator)["versions"])
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    accelerator = Accelerator()
+    seeds = range(len(runs) // len(kinds), training.repeats)
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True)
     with accelerator.split_between_processes(kinds) as mine:
         bar = tqdm(
-            total=training.repeats * training.epochs * len(mine),
+            total=len(seeds) * training.epochs * len(mine),
             unit="epoch",
             mininterval=0.5,
             dynamic_ncols=True,
             disable=not accelerator.is_main_process,
         )
-    runs: list[Run] = []
-    for seed in range(training.repeats):
+    record = None
+    for seed in seeds:
         done = [train(kind, points, training, seed, accelerator.device, bar) for kind in mine]
         done = gather_object(done)
         runs += [run for run, _ in done]
@@ -401,12 +435,7 @@ def main() -> None:
         record = Record(
             recipe="regression",
             task=describe(points, training),
-            settings={
-                **asdict(data),
-                **asdict(training),
-                "attention": [kind.text for kind in kinds],
-                "repeats": seed + 1,
-            },
+            settings={**settings, "repeats": seed + 1},
             runs=runs,
             environment=environment(accelerator),
         )
@@ -417,7 +446,7 @@ def main() -> None:
                 plot(points, held_out, done, picture)
     bar.close()
     if accelerator.is_main_process:
-        print_table(record, console)
+        print_table(record or Record.load(results), console)
     console.print(f"{results} and {picture} written")
     accelerator.end_training()
 

@@ -20,7 +20,7 @@ class DataOptions:
     _argument_group_name: ClassVar[str] = "the data"
 
     dataset: Literal["co2", "airline", "housing", "concrete", "parkinsons", "other"] = option(
-        "co2", "decides heads and exponents; all but co2 need --file"
+        "co2", "decides heads and exponents; all but co2 and airline need --file"
     )
     file: str | None = option(None, "CSV file with a line of column names, all columns numbers")
     target: str | None = option(None, "column to predict; without it the last one")
@@ -30,10 +30,11 @@ class DataOptions:
     unit: str = option("", "unit of the target, for table and picture")
 
     def __post_init__(self) -> None:
+        shipped = self.dataset in _PACKAGED
         require(
-            (self.file is None) == (self.dataset == "co2"),
-            "--file must name a CSV file, unless --dataset is co2, which comes with statsmodels; "
-            f"got --dataset {self.dataset} and --file {self.file}.",
+            (self.file is None) if self.dataset == "co2" else shipped or self.file is not None,
+            "--file must name a CSV file, unless --dataset is co2, which comes with statsmodels, or "
+            f"airline, which comes with sktime; got --dataset {self.dataset} and --file {self.file}.",
         )
         require(
             self.file is not None or not (self.target or self.ignore or self.unit),
@@ -60,7 +61,7 @@ def read_points(options: DataOptions) -> Points:
         ValueError: a file without the columns named, with other than numbers, or with gaps.
     """
     if options.file is None:
-        return co2()
+        return _PACKAGED[options.dataset]()
     table = pd.read_csv(options.file)
     unknown = sorted({*options.ignore, options.target or table.columns[-1]} - {*table.columns})
     require(
@@ -108,6 +109,28 @@ def co2() -> Points:
         f"{len(months)} monthly means of the atmospheric CO₂ at Mauna Loa, 1958 to 2001, from the "
         "flask samples of C. D. Keeling and T. P. Whorf (CDIAC), in statsmodels.",
     )
+
+
+def airline() -> Points:
+    """Monthly totals of international airline passengers, 1949 to 1960."""
+    # Only this data set needs sktime.
+    from sktime.datasets import load_airline
+
+    passengers = load_airline()
+    years = passengers.index.year + (passengers.index.month - 0.5) / 12
+    return Points(
+        years.to_numpy(np.float64)[:, None],
+        passengers.to_numpy(np.float64),
+        ["year"],
+        "airline",
+        "thousand passengers",
+        f"{len(passengers)} monthly totals of international airline passengers, 1949 to 1960, series G "
+        "of G. E. P. Box and G. M. Jenkins, Time Series Analysis, 1976, in sktime.",
+    )
+
+
+#: Data sets that a package carries.
+_PACKAGED = {"co2": co2, "airline": airline}
 
 
 @dataclass(frozen=True)
