@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import warnings
@@ -83,6 +84,15 @@ def test_co2_is_the_monthly_series() -> None:
     assert np.isfinite(points.target).all()
 
 
+def test_airline_is_the_monthly_series() -> None:
+    pytest.importorskip("sktime", reason="sktime carries the airline passengers")
+    points = data.read_points(data.DataOptions(dataset="airline"))
+    assert points.inputs.shape == (144, 1)
+    assert points.target[[0, 1, -1]].tolist() == [112, 118, 432]
+    assert points.inputs[[0, -1], 0] == pytest.approx([1949 + 0.5 / 12, 1960 + 11.5 / 12])
+    assert np.diff(points.inputs[:, 0]) == pytest.approx(1 / 12)
+
+
 def test_split_is_a_partition_that_the_seed_decides() -> None:
     points = sine()
     split, again, other = (data.Split.draw(points, 0.1, seed) for seed in (3, 3, 4))
@@ -148,13 +158,14 @@ def test_bad_file_is_refused(tmp_path: Path, row: str, options: dict, sentence: 
 @pytest.mark.parametrize(
     ("options", "values", "sentence"),
     [
-        (data.DataOptions, {"dataset": "airline"}, "--file must name a CSV file"),
+        (data.DataOptions, {"dataset": "housing"}, "--file must name a CSV file"),
         (data.DataOptions, {"file": "x.csv"}, "--file must name a CSV file"),
         (data.DataOptions, {"target": "y"}, "describe a --file, and there is none"),
         (recipe.TrainingOptions, {"repeats": 0}, "--repeats must be at least 1, got 0"),
         (recipe.TrainingOptions, {"heads": 0}, "--heads must be at least 1, got 0"),
         (recipe.TrainingOptions, {"held_out": 1.0}, "--held_out must be between 0 and 1"),
         (recipe.TrainingOptions, {"learning_rate": 0.0}, "--learning_rate must be positive"),
+        (recipe.OutputOptions, {"overwrite": True, "resume": True}, "exclude each other"),
     ],
 )
 def test_bad_options_are_refused_by_name(options: type, values: dict, sentence: str) -> None:
@@ -374,8 +385,32 @@ def test_run_does_not_replace_results_unasked(
     folder, _ = finished
     before = (folder / "results.json").read_bytes()
     said = refusal(monkeypatch, *options, "--output_dir", str(folder))
-    assert said.endswith("exists; choose another --output_dir, or pass --overwrite.")
+    assert said.endswith("exists; choose another --output_dir, or pass --overwrite or --resume.")
+    said = refusal(monkeypatch, *options, "--output_dir", str(folder), "--resume", "--epochs", "24")
+    assert "was made with other epochs; repeat its command" in said
     assert (folder / "results.json").read_bytes() == before
+
+
+def test_an_interrupted_run_goes_on(
+    finished: tuple[Path, str], options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first repeat is kept as it is; the second is what it would have been without a break."""
+    whole = Record.load(finished[0] / "results.json")
+    first = [dataclasses.replace(run, seconds=-1.0) for run in whole.runs if run.seed == 0]
+    results = tmp_path / "results.json"
+    dataclasses.replace(whole, runs=first, settings={**whole.settings, "repeats": 1}).save(results)
+    monkeypatch.setattr(
+        sys, "argv", ["regression.py", *options, "--output_dir", str(tmp_path), "--resume"]
+    )
+    recipe.main()
+    resumed = Record.load(results)
+    assert [(run.variant, run.seed) for run in resumed.runs] == [
+        (run.variant, run.seed) for run in whole.runs
+    ]
+    assert [run.seconds < 0 for run in resumed.runs] == [True] * 3 + [False] * 3
+    for ours, theirs in zip(resumed.runs, whole.runs, strict=True):
+        assert ours.final == pytest.approx(theirs.final, rel=1e-5)
+    assert resumed.settings == whole.settings
 
 
 def test_bad_heads_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
