@@ -22,6 +22,15 @@ def package_version() -> str:
     return __version__
 
 
+def shown(value: object) -> str:
+    """A value for an error message: no control characters, never more than a line."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, nesting without end
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
+
+
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -55,12 +64,14 @@ class MechanismConfig:
     def __post_init__(self) -> None:
         layers = self.softmax_layers
         if not isinstance(layers, list | tuple) or not all(map(_is_integer, layers)):
-            raise ValueError(f"softmax_layers must be a list of integers, got {layers!r}.")
+            raise ValueError(f"softmax_layers must be a list of integers, got {shown(layers)}.")
         if any(layer < 0 for layer in layers) or len(set(layers)) != len(layers):
-            raise ValueError(f"softmax_layers must be distinct indices ≥ 0, got {layers!r}.")
+            raise ValueError(f"softmax_layers must be distinct indices ≥ 0, got {shown(layers)}.")
         object.__setattr__(self, "softmax_layers", tuple(sorted(layers)))
         if not _is_integer(self.softmax_heads) or self.softmax_heads < 0:
-            raise ValueError(f"softmax_heads must be an integer ≥ 0, got {self.softmax_heads!r}.")
+            raise ValueError(
+                f"softmax_heads must be an integer ≥ 0, got {shown(self.softmax_heads)}."
+            )
 
     @property
     def needs_parameters(self) -> bool:
@@ -87,7 +98,7 @@ class MechanismConfig:
         unknown = sorted(map(str, set(options) - set(known)))
         if unknown:
             raise ValueError(
-                f"unknown option {', '.join(unknown)} for mechanism {cls.mechanism!r}; "
+                f"unknown option {shown(', '.join(unknown))[1:-1]} for mechanism {cls.mechanism!r}; "
                 f"known options: {', '.join(known)}."
             )
         return cls(**options)
@@ -120,11 +131,11 @@ class ExpressiveConfig(MechanismConfig):
         if self.scale not in ("module", "learned"):
             if isinstance(self.scale, str) or not _is_number(self.scale) or self.scale <= 0:
                 raise ValueError(
-                    f"scale must be 'module', 'learned' or a positive number, got {self.scale!r}."
+                    f"scale must be 'module', 'learned' or a positive number, got {shown(self.scale)}."
                 )
             object.__setattr__(self, "scale", float(self.scale))
         if not _is_number(self.power) or self.power <= 0:
-            raise ValueError(f"power must be a positive number, got {self.power!r}.")
+            raise ValueError(f"power must be a positive number, got {shown(self.power)}.")
         object.__setattr__(self, "power", float(self.power))
 
     @property
@@ -142,8 +153,8 @@ class ImplicitKernelConfig(MechanismConfig):
         kernel: `"rbf"` (with p = 2 this is softmax attention), `"stationary"`, `"direct"` (learned
             frequencies, non-stationary), `"implicit"` (frequencies from learned noise through learned
             generators), `"copula"` (as implicit, the noise of the heads coupled).
-        num_features: M, frequencies a density; even for `"implicit"` and `"copula"`, where one half
-            each comes from noise around +μ and −μ.
+        num_features: M ≤ 65536, frequencies a density; even for `"implicit"` and `"copula"`, where one
+            half each comes from noise around +μ and −μ.
         p: exponent ≥ 1 of the magnitudes ‖k‖_p², or `"learned"`: one a key/value head, above 1, 2 at
             the start.
         norm_dropout: probability with which the magnitude of a key is dropped from a head, in training
@@ -193,31 +204,36 @@ class ImplicitKernelConfig(MechanismConfig):
         _check_choice("kernel", self.kernel, ("rbf", "stationary", "direct", "implicit", "copula"))
         _check_choice("init", self.init, ("kaiming", "gaussian"))
         _check_choice("condition", self.condition, ("auto", "mean", "constant"))
-        if not _is_integer(self.num_features) or self.num_features < 1:
-            raise ValueError(f"num_features must be an integer ≥ 1, got {self.num_features!r}.")
+        if not _is_integer(self.num_features) or not 1 <= self.num_features <= _MOST_FEATURES:
+            raise ValueError(
+                f"num_features must be an integer from 1 to {_MOST_FEATURES}, got "
+                f"{shown(self.num_features)}."
+            )
         if self.generates_frequencies and self.num_features % 2:
             raise ValueError(
                 f"num_features must be even for kernel={self.kernel!r}, got {self.num_features}."
             )
         if self.p != "learned" and (not _is_number(self.p) or self.p < 1):
-            raise ValueError(f"p must be 'learned' or a number ≥ 1, got {self.p!r}.")
+            raise ValueError(f"p must be 'learned' or a number ≥ 1, got {shown(self.p)}.")
         if not _is_number(self.norm_dropout) or not 0 <= self.norm_dropout < 1:
-            raise ValueError(f"norm_dropout must be in [0, 1), got {self.norm_dropout!r}.")
+            raise ValueError(f"norm_dropout must be in [0, 1), got {shown(self.norm_dropout)}.")
         for name in ("epsilon", "kl_weight", "copula_weight"):
             if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
-                raise ValueError(f"{name} must be a number ≥ 0, got {getattr(self, name)!r}.")
+                raise ValueError(f"{name} must be a number ≥ 0, got {shown(getattr(self, name))}.")
         if not _is_number(self.prior_scale) or self.prior_scale <= 0:
-            raise ValueError(f"prior_scale must be a positive number, got {self.prior_scale!r}.")
+            raise ValueError(
+                f"prior_scale must be a positive number, got {shown(self.prior_scale)}."
+            )
         if not _is_integer(self.seed) or not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be an integer from 0 to 2⁶³ − 1, got {self.seed!r}.")
+            raise ValueError(f"seed must be an integer from 0 to 2⁶³ − 1, got {shown(self.seed)}.")
         if not isinstance(self.authors_code, bool):
-            raise ValueError(f"authors_code must be true or false, got {self.authors_code!r}.")
+            raise ValueError(f"authors_code must be true or false, got {shown(self.authors_code)}.")
         for field in dataclasses.fields(self):
             kernels = _READ_BY.get(field.name)
             value = getattr(self, field.name)
             if kernels is not None and self.kernel not in kernels and value != field.default:
                 raise ValueError(
-                    f"{field.name}={value!r} has no meaning for kernel={self.kernel!r}; it is an "
+                    f"{field.name}={shown(value)} has no meaning for kernel={self.kernel!r}; it is an "
                     f"option of {', '.join(kernels)}."
                 )
             if isinstance(field.default, float) and _is_number(value):
@@ -233,6 +249,8 @@ class ImplicitKernelConfig(MechanismConfig):
         return self.kernel != "rbf" or self.p == "learned"
 
 
+#: A thousand times what the paper takes; more can only be a mistake, and would be asked of the memory.
+_MOST_FEATURES = 65536
 _GENERATED = ("implicit", "copula")
 _FEATURES = ("stationary", "direct", *_GENERATED)
 #: The kernels that read an option of `ImplicitKernelConfig`, where not all do.
@@ -250,7 +268,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {shown(value)}.")
 
 
 #: The options class of each mechanism.
@@ -278,7 +296,8 @@ def read_section(section: Mapping[str, Any] | MechanismConfig) -> MechanismConfi
     _check_version(options.pop("version", None))
     if not isinstance(mechanism, str) or mechanism not in CONFIG_CLASSES:
         raise ValueError(
-            f"{SECTION}.mechanism must be one of {', '.join(sorted(CONFIG_CLASSES))}; got {mechanism!r}."
+            f"{SECTION}.mechanism must be one of {', '.join(sorted(CONFIG_CLASSES))}; got "
+            f"{shown(mechanism)}."
         )
     try:
         return CONFIG_CLASSES[mechanism].from_options(options)
@@ -292,9 +311,10 @@ def _check_version(version: object) -> None:
         return
     head = version.split(".")[0] if isinstance(version, str) else ""
     if not (head.isascii() and head.isdigit() and len(head) < 10):
-        raise ValueError(f"{SECTION}.version must be a version like '1.2.0', got {version!r}.")
+        raise ValueError(f"{SECTION}.version must be a version like '1.2.0', got {shown(version)}.")
     if int(head) > int(package_version().split(".")[0]):
         raise ValueError(
-            f"this checkpoint was written by hf_expressive {version}, a newer major version than the "
-            f"installed {package_version()}; update the package: pip install -U hf-expressive."
+            f"this checkpoint was written by hf_expressive {shown(version)[1:-1]}, a newer major "
+            f"version than the installed {package_version()}; update the package: pip install -U "
+            "hf-expressive."
         )

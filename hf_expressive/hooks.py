@@ -11,13 +11,16 @@
 * `PreTrainedModel.from_pretrained` and `_from_config` look at the finished model; the second takes the
   keyword `hf_expressive` (the first does already, through the config).
 * `PreTrainedModel.save_pretrained` writes beside the target and renames.
-* `PreTrainedConfig.hf_expressive` validates options wherever they come from, and
-  `PreTrainedConfig._remove_keys_not_serialized` keeps `attn_implementation` in `config.json`.
+* `PreTrainedConfig.hf_expressive` validates options wherever they come from.
+* `PreTrainedConfig._remove_keys_not_serialized` and `get_config_dict` write and check what
+  `config.json` says of a variant (see `checkpoint`); `_get_model_class` of the Auto classes gets the
+  stock names of its `architectures`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import json
@@ -31,13 +34,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import auto_factory
 
 from . import patcher
 from .attention.base import Mechanism
+from .checkpoint import check_config_file, stock_names, variant_names
 from .config import SECTION, MechanismConfig, read_section
 from .discovery import (
     asks_registry,
@@ -47,6 +53,8 @@ from .discovery import (
 from .registry import MECHANISMS, options_of
 
 _INSTALLED = "_hf_expressive_installed"
+#: Implementations of Transformers itself, and kernels of the Hub, which only a user can ask for.
+_STOCK = re.compile(r"(paged\|)?(eager|sdpa|flex_attention|flash_attention.*|.*/.*)")
 _WEIGHTS = re.compile(r".*\.safetensors(\.index\.json)?")
 
 
@@ -56,6 +64,8 @@ def install() -> None:
         return
     setattr(PreTrainedConfig, SECTION, property(_get_section, _set_section))
     _wrap(PreTrainedConfig, "_remove_keys_not_serialized", _keep_flag)
+    _wrap(PreTrainedConfig, "get_config_dict", _get_config_dict)
+    _wrap(auto_factory, "_get_model_class", _get_model_class)
     _wrap(PreTrainedModel, "post_init", _post_init)
     _wrap(PreTrainedModel, "_initialize_weights", _initialize_weights)
     _wrap(PreTrainedModel, "get_correct_attn_implementation", _get_correct_attn_implementation)
@@ -66,17 +76,17 @@ def install() -> None:
     setattr(PreTrainedModel, _INSTALLED, True)
 
 
-def _wrap(cls: type, name: str, hook: Callable[..., Any]) -> None:
-    """Replaces a method by `hook(original, self or cls, …)`."""
-    declared = inspect.getattr_static(cls, name)
+def _wrap(owner: type | ModuleType, name: str, hook: Callable[..., Any]) -> None:
+    """Replaces a method, or a function of a module, by `hook(original, …)`."""
+    declared = inspect.getattr_static(owner, name)
     is_classmethod = isinstance(declared, classmethod)
     original = declared.__func__ if is_classmethod else declared
 
     @functools.wraps(original)
-    def method(self_or_cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return hook(original, self_or_cls, *args, **kwargs)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return hook(original, *args, **kwargs)
 
-    setattr(cls, name, classmethod(method) if is_classmethod else method)
+    setattr(owner, name, classmethod(replacement) if is_classmethod else replacement)
 
 
 # ---- configs --------------------------------------------------------------------------------------
@@ -107,16 +117,23 @@ def _set_section(config: PreTrainedConfig, value: Any) -> None:
 def _keep_flag(original: Callable[..., None], config: PreTrainedConfig, d: dict[str, Any]) -> None:
     """Keeps the attention implementation of a config that uses a mechanism, sub-configs included.
 
-    One name where the whole model has one, else the dict that Transformers takes.
+    One name where the whole model has one, else the dict that Transformers takes. The options are
+    written where the config has none, and `architectures` gets the names of a variant.
     """
     if "_attn_implementation_internal" in d:
         tree = _implementations(config)
         names = set(_leaves(tree))
-        if names & set(MECHANISMS):
+        uses_mechanism = bool(names & set(MECHANISMS))
+        if uses_mechanism:
             d["attn_implementation"] = tree[""] if len(names) == 1 else tree
+            if tree[""] in MECHANISMS:
+                d.setdefault(SECTION, options_of(config, tree[""]).to_dict())
         else:
             # Switched off: the options must not select the mechanism again at the next load.
             d.pop(SECTION, None)
+        if config.architectures:
+            named = variant_names if uses_mechanism else stock_names
+            d["architectures"] = named(config.architectures)
         for key in config.sub_configs:
             part = d.get(key)
             if isinstance(part, dict):
@@ -124,6 +141,25 @@ def _keep_flag(original: Callable[..., None], config: PreTrainedConfig, d: dict[
                 if part.get(SECTION) == d.get(SECTION):
                     part.pop(SECTION, None)
     original(config, d)
+
+
+def _get_config_dict(
+    original: Callable[..., tuple[dict[str, Any], dict[str, Any]]],
+    cls: type[PreTrainedConfig],
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    content, unused = original(cls, *args, **kwargs)
+    check_config_file(content)
+    return content, unused
+
+
+def _get_model_class(original: Callable[..., type], config: PreTrainedConfig, mapping: Any) -> type:
+    """Where several classes fit a config, the Auto classes choose the one in `architectures`."""
+    if names := config.architectures:
+        config = copy.copy(config)
+        config.architectures = stock_names(names)
+    return original(config, mapping)
 
 
 def _implementations(config: PreTrainedConfig) -> dict[str, Any]:
@@ -243,7 +279,11 @@ def _from_pretrained(
     with _construction(cls) as outermost:
         built = original(cls, *args, **kwargs)
     if outermost:
-        _look_over(built[0] if isinstance(built, tuple) else built)
+        model = built[0] if isinstance(built, tuple) else built
+        for config in patcher.configs_of(model.config):
+            if config.architectures:
+                config.architectures = stock_names(config.architectures)
+        _look_over(model)
     return built
 
 
@@ -287,13 +327,23 @@ def _construction(cls: type[PreTrainedModel]) -> Iterator[bool]:
 
 
 def _look_over(model: PreTrainedModel) -> None:
-    """Refuses a finished model without attention; warns if its mechanism has been overridden."""
+    """Refuses a finished model without attention; warns if its mechanism has been overridden.
+
+    Where something other than Transformers put its own attention in (serving engines do), no user
+    asked for another model: that is refused.
+    """
     names = {str(name) for name in _leaves(_implementations(model.config))}
     asked = sorted(names & set(MECHANISMS))
     if asked and not any(isinstance(module, Mechanism) for module in model.modules()):
         raise ValueError(patcher.no_attention(model, asked[0]))
     section = getattr(model.config, SECTION)
     if section is not None and not asked:
+        if not _STOCK.fullmatch(str(model.config._attn_implementation)):
+            raise ValueError(
+                f'this checkpoint was made with attn_implementation="{section["mechanism"]}", and '
+                f'"{model.config._attn_implementation}" would compute another function in its place: '
+                "a program that brings an attention of its own cannot run it."
+            )
         warnings.warn(
             f'this checkpoint was made with attn_implementation="{section["mechanism"]}" and is loaded '
             f'with "{model.config._attn_implementation}": it is another model now, and its outputs will '

@@ -16,18 +16,22 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny import llama, llama_config, llava, llava_inputs, logits, tokens, train_gains
 from torch import Tensor
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     LlamaForCausalLM,
+    LlamaModel,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
     modeling_utils,
 )
+from transformers.models.auto import auto_factory
 
 import hf_expressive
 from hf_expressive import ExpressiveConfig, attach, detach
@@ -131,6 +135,57 @@ def test_config_file_describes_the_variant(tmp_path: Path) -> None:
         "scale": "learned",
         "power": 2.0,
     }
+
+
+def test_architectures_are_names_of_ours(tmp_path: Path) -> None:
+    """On disk a name that no other program can look up; loaded by Transformers, its own again."""
+    model = variant()
+    model.save_pretrained(tmp_path)
+    assert config_file(tmp_path)["architectures"] == ["HfExpressiveLlamaForCausalLM"]
+    assert not hasattr(transformers, "HfExpressiveLlamaForCausalLM")
+    # Engines read the config alone, perhaps in a process that has imported this package.
+    assert AutoConfig.from_pretrained(tmp_path).architectures == ["HfExpressiveLlamaForCausalLM"]
+    for loader in (AutoModelForCausalLM, LlamaForCausalLM):
+        again = loader.from_pretrained(tmp_path)
+        assert again.config.architectures == ["LlamaForCausalLM"]
+        assert torch.equal(logits(again), logits(model))
+        again.save_pretrained(tmp_path)
+        assert config_file(tmp_path)["architectures"] == ["HfExpressiveLlamaForCausalLM"]
+    detach(again).save_pretrained(tmp_path)
+    assert config_file(tmp_path)["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_pipeline(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(32)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    model = variant()
+    model.save_pretrained(tmp_path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    generate = transformers.pipeline("text-generation", model=str(tmp_path), device="cpu")
+    assert type(generate.model) is LlamaForCausalLM
+    assert torch.equal(logits(generate.model), logits(model))
+    (found,) = generate("3 1 4", max_new_tokens=3, do_sample=False, return_tensors=True)
+    assert len(found["generated_token_ids"]) == 6
+
+
+def test_auto_classes_choose_among_several_by_the_stock_name() -> None:
+    """Where a config fits several classes, the entry decides, and Transformers knows its own names."""
+    config = llama_config(architectures=["HfExpressiveLlamaForCausalLM"])
+    candidates = {type(config): (LlamaModel, LlamaForCausalLM)}
+    assert auto_factory._get_model_class(config, candidates) is LlamaForCausalLM
+    assert config.architectures == ["HfExpressiveLlamaForCausalLM"]
+
+
+def test_checkpoint_with_stock_names_loads(tmp_path: Path) -> None:
+    """As version 0.1.0 wrote them before there were names of ours."""
+    model = variant()
+    model.save_pretrained(tmp_path)
+    written = config_file(tmp_path)
+    written["architectures"] = ["LlamaForCausalLM"]
+    (tmp_path / "config.json").write_text(json.dumps(written), encoding="utf-8")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
 @pytest.mark.parametrize("how", ["argument", "set"])
@@ -292,6 +347,7 @@ def test_parts_with_options_of_their_own(tmp_path: Path) -> None:
     for part in ("text_config", "vision_config"):
         one, other = (getattr(getattr(m.config, part), SECTION) for m in (model, again))
         assert one == other, part
+    assert config_file(tmp_path)["architectures"] == ["HfExpressiveLlavaForConditionalGeneration"]
     assert torch.equal(logits(again, **llava_inputs()), logits(model, **llava_inputs()))
 
 
@@ -336,6 +392,23 @@ def test_plain_transformers_refuses(kind: str, tmp_path: Path) -> None:
     if kind == "whole":
         detach(model).save_pretrained(tmp_path)
         run(_PLAIN, tmp_path, kind)
+
+
+@pytest.mark.parametrize("how", ["from_pretrained", "from_config"])
+def test_attention_of_another_program_is_refused(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A serving engine puts its own attention in: no user asked for another model, so no warning."""
+    attach(llama(), ExpressiveConfig()).save_pretrained(tmp_path)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "engine", lambda *_, **__: None)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config._attn_implementation = "engine"
+    load = {
+        "from_pretrained": lambda: LlamaForCausalLM.from_pretrained(tmp_path, config=config),
+        "from_config": lambda: AutoModelForCausalLM.from_config(config),
+    }
+    with pytest.raises(ValueError, match='"engine" would compute another function'):
+        load[how]()
 
 
 def test_overriding_warns_once(tmp_path: Path) -> None:
