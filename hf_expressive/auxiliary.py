@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention.base import Mechanism
-from .attention.implicit_kernel import ImplicitKernelAttention
+from .attention.spectral_density import Regularized
 from .registry import CHILD
 
 
@@ -24,6 +24,17 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     process, wrapped or not. Gradients reach the densities, and through their conditioning queries and
     keys.
 
+    With `Trainer`, three lines in a `compute_loss` of one's own. Where a model divides its loss by the
+    tokens of all micro-batches, `Trainer` leaves their number out, so the second line brings it in:
+
+        class RegularizedTrainer(Trainer):
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+                if model.training:
+                    parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+                    loss = loss + auxiliary_loss(model) / (parts * len(self.train_dataset))
+                return (loss, outputs) if return_outputs else loss
+
     Args:
         model: a model, or a wrapper around one.
 
@@ -31,14 +42,15 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
         A scalar, float32 or wider; zero, and still differentiable, for models without such densities.
 
     Raises:
-        RuntimeError: a model with such densities that has not run yet.
+        RuntimeError: a model with such densities that has not run yet, or whose latest pass in training
+            mode had no gradients although some are wanted now: reentrant gradient checkpointing.
     """
     noisy = [
         module
         for module in model.modules()
-        if isinstance(module, ImplicitKernelAttention)
+        if isinstance(module, Regularized)
         and module.options.generates_frequencies
-        and module.has_parameters
+        and next(module.parameters(), None) is not None
     ]
     terms = [module.regularizer for module in noisy if module.regularizer is not None]
     if noisy and not terms:
@@ -46,11 +58,28 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
             "auxiliary_loss(model) is computed during the forward pass; call it after model(…), on the "
             "loss of that pass."
         )
+    if torch.is_grad_enabled() and any(map(_has_lost_its_gradient, noisy)):
+        raise RuntimeError(
+            "auxiliary_loss(model) would train nothing: the latest forward pass ran without gradients, "
+            "under torch.no_grad() or in reentrant gradient checkpointing. For the latter choose "
+            'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}); '
+            "only to look at its value, call it under torch.no_grad(), too."
+        )
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     total = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
     for term in terms:
         total = total + term.to(device)
     return total
+
+
+def _has_lost_its_gradient(module: Regularized) -> bool:
+    regularizer = module.regularizer
+    return (
+        module.training
+        and regularizer is not None
+        and not regularizer.requires_grad
+        and any(parameter.requires_grad for parameter in module.parameters())
+    )
 
 
 def modules_to_save(model: nn.Module) -> list[str]:

@@ -224,7 +224,7 @@ def test_features_of_a_key_are_computed_once_for_its_group(
 
     monkeypatch.setattr(implicit_kernel, "spectral_features", spy)
     _output(_llama("direct"))
-    assert shapes == [(2, 2, 14, 8), (2, 2, 7, 8)] * 2
+    assert sorted(shapes) == sorted([(2, 2, 14, 8), (2, 2, 7, 8)] * 2)
 
 
 def test_autocast_leaves_frequencies_and_regulariser_alone() -> None:
@@ -728,7 +728,8 @@ def _differs(kernel: str, build: Any = _bert, **option: Any) -> bool:
         model.train()
         torch.manual_seed(1)
         trained = _output(model)
-        results.append((evaluated, trained, auxiliary_loss(model).detach()))
+        with torch.no_grad():
+            results.append((evaluated, trained, auxiliary_loss(model)))
     return any(not torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any, Self, cast
+from typing import NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,24 @@ from ..ops.implicit_kernel import in_unit_lengths, kernel_features, log_magnitud
 from ..ops.problem import HIDDEN
 from ..ops.response import Response
 from .base import AttentionCall, Mechanism
-from .spectral_density import GeneratedFrequencies, LearnedFrequencies
+from .key_memory import KeyMemory
+from .spectral_density import GeneratedFrequencies, LearnedFrequencies, Regularized
+
+
+class Evaluated(NamedTuple):
+    """What a `SpectralKernel` makes of a call; `None` where there is none.
+
+    Attributes:
+        frequencies: (key/value heads, S, dim, M), or with the batch in front.
+        key_features: (batch, key/value heads, keys, 2M).
+        key_bias: log-magnitudes of the keys, (batch, key/value heads, keys).
+        regularizer: of the noise, a scalar.
+    """
+
+    frequencies: Tensor | None = None
+    key_features: Tensor | None = None
+    key_bias: Tensor | None = None
+    regularizer: Tensor | None = None
 
 
 class SpectralKernel(nn.Module):
@@ -52,6 +69,7 @@ class SpectralKernel(nn.Module):
         self.heads = heads
         self.dim = dim
         self.conditional = conditional
+        self.memory = KeyMemory()
         if options.p == "learned":
             self.log_exponent = nn.Parameter(torch.empty(heads))
         self.density: LearnedFrequencies | GeneratedFrequencies | None = None
@@ -62,11 +80,8 @@ class SpectralKernel(nn.Module):
         elif options.kernel != "rbf":
             self.density = LearnedFrequencies(options, heads, dim)
 
-    def forward(self, call: AttentionCall) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(frequencies, log-magnitudes of the keys, regulariser), `None` where there is none.
-
-        Frequencies: (key/value heads, S, dim, M), or with the batch in front.
-        Log-magnitudes: (batch, key/value heads, keys).
+    def forward(self, call: AttentionCall) -> Evaluated:
+        """Everything of a call's attention that depends on what is learned.
 
         Raises:
             ValueError: a call that does not fit the parameters, or that cannot be conditioned.
@@ -77,27 +92,58 @@ class SpectralKernel(nn.Module):
                 f"the kernel has parameters for {self.heads} key/value heads of size {self.dim}, but "
                 f"was called with {given[0]} of size {given[1]}."
             )
-        frequencies = regularizer = None
         with torch.autocast(call.key.device.type, enabled=False):
-            if self.density is not None:
-                condition = mean_query_and_key(call) if self.conditional else None
-                frequencies, regularizer = self.density(condition)
-            return frequencies, self._key_bias(call), regularizer
+            exponent = self._exponent()
+            if self.density is None:
+                return Evaluated(key_bias=self._key_bias(call.key, call.scaling, exponent))
+            condition = mean_query_and_key(call) if self.conditional else None
+            frequencies, regularizer = self.density(condition)
 
-    def _key_bias(self, call: AttentionCall) -> Tensor | None:
-        options, scaling = self.options, call.scaling
+            def of_keys(key: Tensor) -> tuple[Tensor, ...]:
+                key_bias = self._key_bias(key, call.scaling, exponent)
+                assert key_bias is not None
+                return kernel_features(key, frequencies, call.scaling), key_bias
+
+            if self._decodes(call):
+                others = (
+                    torch.tensor(call.scaling, dtype=torch.float64),
+                    torch.as_tensor(exponent),
+                )
+                key, key_bias = self.memory.compute(of_keys, call.key, (frequencies, *others))
+            else:
+                self.memory.clear()
+                key, key_bias = of_keys(call.key)
+            return Evaluated(frequencies, key, key_bias, regularizer)
+
+    def _decodes(self, call: AttentionCall) -> bool:
+        """Whether a call looks like a step with a cache, where remembering keys pays.
+
+        On a GPU the comparison would make it wait for the processor.
+        """
+        return (
+            call.query.shape[2] < call.key.shape[2]
+            and call.key.device.type == "cpu"
+            and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        )
+
+    def _exponent(self) -> float | Tensor:
+        if self.options.p == "learned":
+            # 1 + exp(0) is exactly 2 in every dtype that the parameter may be cast to.
+            return 1.0 + self.log_exponent.float().exp()
+        return self.options.p
+
+    def _key_bias(self, key: Tensor, scaling: float, exponent: float | Tensor) -> Tensor | None:
+        options = self.options
         dropout = options.norm_dropout if self.training else 0.0
         is_rbf = options.kernel == "rbf"
         if is_rbf and options.p == 2.0 and not options.authors_code and dropout == 0.0:
             return None
-        # 1 + exp(0) is exactly 2 in every dtype that the parameter may be cast to.
-        exponent = 1.0 + self.log_exponent.float().exp() if options.p == "learned" else options.p
         # 2√d in the paper; the published code has 2·d^¼.
-        factor = call.key.shape[-1] ** 0.25 if options.authors_code else 1.0
-        key_bias = log_magnitude(call.key, exponent, scaling * factor)
+        factor = key.shape[-1] ** 0.25 if options.authors_code else 1.0
+        key_bias = log_magnitude(key, exponent, scaling * factor)
         if dropout > 0.0:
             key_bias = nn.functional.dropout(key_bias, dropout)
-        return key_bias - log_magnitude(call.key, 2.0, scaling) if is_rbf else key_bias
+        return key_bias - log_magnitude(key, 2.0, scaling) if is_rbf else key_bias
 
     def reset_parameters(self) -> None:
         if self.options.p == "learned":
@@ -106,7 +152,7 @@ class SpectralKernel(nn.Module):
             self.density.reset_parameters()
 
 
-class ImplicitKernelAttention(Mechanism):
+class ImplicitKernelAttention(Regularized, Mechanism):
     """Weights (k(q, k)² + ε) · exp(‖k‖_p²/(2√d)), row-normalised, k the kernel of a learned density.
 
     The module's `scaling` stands for the paper's 1/√d; where it differs from d^-½, queries and keys
@@ -116,9 +162,6 @@ class ImplicitKernelAttention(Mechanism):
 
     Magnitude dropout takes the magnitude of a key from all queries of its head at once; for the RBF
     kernel, too, it is the magnitude ‖k‖_p², not the kernel, that is dropped.
-
-    `regularizer`: that of the latest forward pass, a scalar, for `auxiliary_loss`; `None` before the
-    first and for kernels without noise.
 
     Args:
         options, layer, heads, kv_heads: see `Mechanism`.
@@ -141,7 +184,6 @@ class ImplicitKernelAttention(Mechanism):
     ) -> None:
         super().__init__(options, layer=layer, heads=heads, kv_heads=kv_heads)
         self.options = options = cast(ImplicitKernelConfig, options)
-        self.regularizer: Tensor | None = None
         self.kernel: SpectralKernel | None = None
         learned = options.needs_parameters
         if learned and (heads is None or kv_heads is None or head_dim is None):
@@ -181,7 +223,7 @@ class ImplicitKernelAttention(Mechanism):
 
     def evaluate(self, call: AttentionCall, heads: slice) -> tuple[Tensor, Tensor | None]:
         assert self.kernel is not None
-        frequencies, key_bias, self.regularizer = self.kernel(call)
+        frequencies, key, key_bias, self.regularizer = self.kernel(call)
         if frequencies is None:
             return call.attend(Response("exp"), call.scaling, key_bias)
         if call.softcap is not None:
@@ -190,17 +232,13 @@ class ImplicitKernelAttention(Mechanism):
                 "(its values lie between −1 and 1); use kernel='rbf', or set the model's attention "
                 "soft-capping to None in its config."
             )
-        query, key = kernel_features(call.query, call.key, frequencies, call.scaling)
+        query = kernel_features(call.query, frequencies, call.scaling)
         response = Response("square", epsilon=self.options.epsilon)
         return dataclasses.replace(call, query=query, key=key).attend(response, 1.0, key_bias)
 
     def reset_parameters(self) -> None:
         if self.kernel is not None:
             self.kernel.reset_parameters()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A tensor with a graph can be neither copied nor pickled.
-        return {**self.__dict__, "regularizer": None}
 
 
 _NOT_SELF = re.compile(r"cross|enc_?dec|encoder_?(attn|attention)", re.IGNORECASE)

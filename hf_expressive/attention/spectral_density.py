@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +165,22 @@ class GeneratedFrequencies(nn.Module):
         generator = torch.Generator().manual_seed(self.seed)
         sample = torch.randn(self.sample.shape, generator=generator, device="cpu")
         init.copy_(self.sample, sample)
+
+
+class Regularized(nn.Module):
+    """A module whose latest forward pass left a regulariser for `auxiliary_loss`.
+
+    Attributes:
+        options: the options.
+        regularizer: a scalar; `None` before the first forward pass and for kernels without noise.
+    """
+
+    options: ImplicitKernelConfig
+    regularizer: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A tensor with a graph can be neither copied nor pickled.
+        return {**self.__dict__, "regularizer": None}
 
 
 class _Network(nn.Module):

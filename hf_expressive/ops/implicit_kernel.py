@@ -100,7 +100,8 @@ def implicit_kernel_attention(
     else:
         response = Response("square", epsilon=float(epsilon))
         key_bias = log_magnitude(key, p, scale)
-        query, key = kernel_features(query, key, frequencies, scale)
+        query = kernel_features(query, frequencies, scale)
+        key = kernel_features(key, frequencies, scale)
         scale = 1.0
     return attend(
         query,
@@ -120,19 +121,16 @@ def implicit_kernel_attention(
     )
 
 
-def kernel_features(
-    query: Tensor, key: Tensor, frequencies: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Features of queries and keys in the dtype of `query`; a group of heads shares its frequencies."""
+def kernel_features(x: Tensor, frequencies: Tensor, scale: float) -> Tensor:
+    """Spectral features of queries or keys, (batch, heads, positions, 2M), in the dtype of `x`.
+
+    Heads are a multiple of the frequencies' heads: a group of query heads shares its frequencies.
+    """
     # Phases are angles: in the half precision of autocast they would lose their meaning.
-    with torch.autocast(query.device.type, enabled=False):
-        frequencies = frequencies.to(_compute_dtype(query))
-        grouped = query.unflatten(1, (key.shape[1], -1))
-        query_features = spectral_features(
-            in_unit_lengths(grouped.flatten(2, 3), scale), frequencies
-        ).unflatten(2, grouped.shape[2:4])
-        key_features = spectral_features(in_unit_lengths(key, scale), frequencies)
-    return query_features.flatten(1, 2).to(query.dtype), key_features.to(query.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        lengths = in_unit_lengths(x, scale).unflatten(1, (frequencies.shape[-4], -1))
+        features = spectral_features(lengths.flatten(2, 3), frequencies.to(lengths.dtype))
+        return features.unflatten(2, lengths.shape[2:4]).flatten(1, 2).to(x.dtype)
 
 
 def log_magnitude(key: Tensor, p: float | Tensor, scale: float) -> Tensor:
