@@ -12,6 +12,7 @@ from .config import ExpressiveConfig, ImplicitKernelConfig
 from .discovery import supported_architectures
 from .explain import explain
 from .hooks import install as _install
+from .hub import push
 from .patcher import attach, detach
 from .registry import register as _register
 from .verify import VerificationError, verify
@@ -29,6 +30,7 @@ __all__ = [
     "explain",
     "modules_to_save",
     "ops",
+    "push",
     "supported_architectures",
     "verify",
 ]

@@ -8,7 +8,12 @@ package knows, so that serving engines which bring an attention of their own ref
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .config import CONFIG_CLASSES, SECTION, read_section, shown
@@ -17,6 +22,10 @@ from .config import CONFIG_CLASSES, SECTION, read_section, shown
 PREFIX = "HfExpressive"
 
 _FLAG = "attn_implementation"
+
+#: Name of a large file in the Hub's cache: what the Hub says its content hashes to.
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_STARTED = time.time()
 
 
 def variant_names(architectures: Sequence[str]) -> list[str]:
@@ -94,3 +103,52 @@ def _leaves(flag: object) -> Iterator[str]:
             raise ValueError(
                 f"config.json: {_FLAG} must be a name, or names by part, got {shown(flag)}."
             )
+
+
+def check_weight_files(files: Sequence[str | Path], *, whole_cache: bool = False) -> None:
+    """Refuses weights of a variant that are pickled, or not what the Hub says they are.
+
+    The Hub's client compares sizes, not contents. A file that this process has downloaded is hashed
+    once; a wrong one is removed from the cache, so that the next load fetches it again. Checkpoints
+    without any trace of this package pass.
+
+    Args:
+        files: what is about to be loaded, all of one checkpoint.
+        whole_cache: hash files that an earlier process has downloaded as well.
+
+    Raises:
+        ValueError: a file is not safetensors; nothing of it has been read.
+        OSError: a file's content differs from what the Hub told.
+    """
+    paths = [Path(file) for file in files]
+    if not paths or not is_variant(paths[0].parent):
+        return
+    for path in paths:
+        if path.suffix != ".safetensors":
+            raise ValueError(
+                f"{path.name} is not safetensors: a variant of {SECTION} has no pickled weights, which "
+                "could run code when they are read. Save it again with save_pretrained."
+            )
+        blob = path.resolve()
+        if not _SHA256.fullmatch(blob.name):
+            continue
+        if not whole_cache and blob.stat().st_mtime < _STARTED:
+            continue
+        with blob.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != blob.name:
+            path.unlink()
+            blob.unlink()
+            raise OSError(
+                f"{path.name} was damaged or changed on its way from the Hub: its SHA-256 is {found}, "
+                f"the Hub says {blob.name}. It has been removed from the cache; load the model again."
+            )
+
+
+def is_variant(folder: Path) -> bool:
+    """Whether the `config.json` in a folder describes a variant."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, Mapping) and any(SECTION in part for part in _parts(content))

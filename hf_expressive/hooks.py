@@ -10,7 +10,9 @@
   work before anything changes.
 * `PreTrainedModel.from_pretrained` and `_from_config` look at the finished model; the second takes the
   keyword `hf_expressive` (the first does already, through the config).
-* `PreTrainedModel.save_pretrained` writes beside the target and renames.
+* `PreTrainedModel.save_pretrained` writes beside the target and renames; `push_to_hub` publishes with
+  a model card (see `hub`).
+* `_get_resolved_checkpoint_files` tells which files the loader is about to read (see `checkpoint`).
 * `PreTrainedConfig.hf_expressive` validates options wherever they come from.
 * `PreTrainedConfig._remove_keys_not_serialized` and `get_config_dict` write and check what
   `config.json` says of a variant (see `checkpoint`); `_get_model_class` of the Auto classes gets the
@@ -38,12 +40,12 @@ from types import ModuleType
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.models.auto import auto_factory
 
-from . import patcher
+from . import hub, patcher
 from .attention.base import Mechanism
-from .checkpoint import check_config_file, stock_names, variant_names
+from .checkpoint import check_config_file, check_weight_files, stock_names, variant_names
 from .config import SECTION, MechanismConfig, read_section
 from .discovery import (
     asks_registry,
@@ -71,6 +73,8 @@ def install() -> None:
     _wrap(PreTrainedModel, "get_correct_attn_implementation", _get_correct_attn_implementation)
     _wrap(PreTrainedModel, "set_attn_implementation", _set_attn_implementation)
     _wrap(PreTrainedModel, "save_pretrained", _save_pretrained)
+    _wrap(PreTrainedModel, "push_to_hub", _push_to_hub)
+    _wrap(modeling_utils, "_get_resolved_checkpoint_files", _get_resolved_checkpoint_files)
     _wrap(PreTrainedModel, "from_pretrained", _from_pretrained)
     _wrap(PreTrainedModel, "_from_config", _from_config)
     setattr(PreTrainedModel, _INSTALLED, True)
@@ -287,6 +291,14 @@ def _from_pretrained(
     return built
 
 
+def _get_resolved_checkpoint_files(
+    original: Callable[..., tuple[list[str] | None, Any]], *args: Any, **kwargs: Any
+) -> tuple[list[str] | None, Any]:
+    files, metadata = original(*args, **kwargs)
+    check_weight_files(files or [])
+    return files, metadata
+
+
 def _from_config(
     original: Callable[..., PreTrainedModel],
     cls: type[PreTrainedModel],
@@ -373,9 +385,10 @@ def _save_pretrained(
     if not uses or target.is_file() or kwargs.get("distributed_checkpoint"):
         original(model, save_directory, *args, **kwargs)
         return
+    if kwargs.pop("push_to_hub", False):
+        _save_and_push(original, model, target, *args, **kwargs)
+        return
     target.mkdir(parents=True, exist_ok=True)
-    if kwargs.get("push_to_hub"):
-        kwargs.setdefault("repo_id", target.name)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     try:
         original(model, staging, *args, **kwargs)
@@ -390,6 +403,36 @@ def _save_pretrained(
                 (target / name).unlink()
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _save_and_push(
+    original: Callable[..., None],
+    model: PreTrainedModel,
+    target: Path,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """`save_pretrained(…, push_to_hub=True)`: the same files into the folder and onto the Hub."""
+    names = ("repo_id", "commit_message", "create_pr", "private")
+    commit = {name: kwargs.pop(name) for name in names if name in kwargs}
+    repo_id = commit.pop("repo_id", target.name)
+    save = functools.partial(_save_pretrained, original, model)
+    save(target, *args, **kwargs)
+    if kwargs.get("is_main_process", True):
+        model.push_to_hub(
+            repo_id,
+            token=kwargs.get("token"),
+            save=lambda folder: save(folder, *args, **kwargs),
+            **commit,
+        )
+
+
+def _push_to_hub(
+    original: Callable[..., Any], model: PreTrainedModel, *args: Any, **kw: Any
+) -> Any:
+    if not set(_leaves(_implementations(model.config))) & set(MECHANISMS):
+        return original(model, *args, **kw)
+    return hub.push_to_hub(model, *args, **kw)
 
 
 def _rename_shards(folder: Path, taken: set[str]) -> None:

@@ -43,6 +43,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
 from hf_expressive.auxiliary import auxiliary_loss
@@ -436,6 +437,21 @@ def describe(task: TaskOptions) -> dict[str, Any]:
     }
 
 
+def about(folder: Path, task: TaskOptions, model: ModelOptions, runs: list[Run]) -> dict[str, Any]:
+    """What the card of the first model with a mechanism tells beyond the record."""
+    for run in runs:
+        if run.attention["mechanism"] in MECHANISMS:
+            kind = str(run.folder).removesuffix(f"-seed{run.seed}")
+            return {
+                "architecture": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model.architecture],
+                "variant": run.variant,
+                "seed": run.seed,
+                "name": f"nt-{task.basis}-{task.delay}-{kind}",
+                "model_id": (folder / str(run.folder)).as_posix(),
+            }
+    return {}
+
+
 def main() -> None:
     task, model, training, output = parse(
         [TaskOptions, ModelOptions, TrainingOptions, OutputOptions], "nt_prediction.py", __doc__
@@ -478,6 +494,7 @@ def main() -> None:
         settings=settings,
         runs=runs,
         environment=environment(accelerator),
+        card=about(folder, task, model, runs),
     )
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True)
     if accelerator.is_main_process:

@@ -17,14 +17,13 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-import transformers
 from accelerate import Accelerator
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -32,7 +31,7 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 import hf_expressive
-from hf_expressive.hub import render_card
+from hf_expressive.hub import load, render_card
 
 _PACKAGES = (
     "torch",
@@ -118,6 +117,9 @@ class Record:
         settings: the resolved options.
         runs: the training runs.
         environment: see `environment`.
+        card: for the model card of one of the models, what the rest does not tell: `architecture`, its
+            class; where they exist the `variant` and `seed` of its run, `name`, `model_id`,
+            `base_model`, `base_model_relation`, `datasets`, `language`, `license`, `tags`.
     """
 
     recipe: str
@@ -125,6 +127,7 @@ class Record:
     settings: Mapping[str, Any]
     runs: Sequence[Run]
     environment: Mapping[str, Any]
+    card: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def variants(self) -> list[str]:
@@ -320,8 +323,7 @@ def main() -> None:
         plot(record, given.plot)
     if given.card is not None:
         disable_progress_bar()  # Transformers' own, for loading
-        config = transformers.AutoConfig.from_pretrained(given.model)
-        model = getattr(transformers, config.architectures[0]).from_pretrained(given.model)
+        model = load(given.model)
         card = render_card(
             model,
             results=record.to_dict(),

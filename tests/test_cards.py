@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -10,14 +12,28 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard, metadata_load
-from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
 
 import hf_expressive
-from hf_expressive import hub
-from hf_expressive.hub import render_card
+from hf_expressive import cards
+from hf_expressive.cards import left_out, render_card
+from hf_expressive.config import read_section
 from hf_expressive.registry import MECHANISMS
 
 REPOSITORY = Path(__file__).parents[1]
+MODEL_CARDS = REPOSITORY / "model_cards"
 
 RESULTS: dict[str, Any] = {
     "task": {
@@ -236,14 +252,157 @@ def test_loading_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert 'from_pretrained("me/counter")' in render_card(model, model_id="me/counter").text
 
 
-def test_models_outside_the_hubs_tasks_are_loaded_by_their_class() -> None:
-    config = BertConfig(
-        vocab_size=7, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
-    )
-    model = hf_expressive.attach(BertModel(config), hf_expressive.ExpressiveConfig())
-    card = render_card(model)
+SMALL: dict[str, Any] = {
+    "vocab_size": 7,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+}
+
+
+def test_models_outside_the_auto_classes_are_loaded_by_their_class() -> None:
+    model = CLIPTextModelWithProjection(CLIPTextConfig(**SMALL))
+    card = render_card(hf_expressive.attach(model, hf_expressive.ExpressiveConfig()))
     assert "pipeline_tag" not in card.data.to_dict()
-    assert 'BertModel.from_pretrained(".")' in card.text
+    assert 'CLIPTextModelWithProjection.from_pretrained(".")' in card.text
+
+
+def test_record_tells_the_task_where_the_class_does_not() -> None:
+    """The same class translates and summarises; alone it gets no task, and no wrong one."""
+    config = BartConfig(
+        vocab_size=7, d_model=8, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8,
+        decoder_ffn_dim=8, encoder_attention_heads=2, decoder_attention_heads=2,
+    )  # fmt: skip
+    model = hf_expressive.attach(
+        BartForConditionalGeneration(config), hf_expressive.ExpressiveConfig(power=2.0)
+    )
+    assert 'AutoModelForSeq2SeqLM.from_pretrained(".")' in render_card(model).text
+    assert "pipeline_tag" not in render_card(model).data.to_dict()
+    results = copy.deepcopy(RESULTS)
+    results["task"]["type"] = "translation"
+    assert render_card(model, results=results).data.pipeline_tag == "translation"
+
+
+def test_relation_to_the_base_model() -> None:
+    card = render_card(tiny(), base_model="gpt2", base_model_relation="finetune")
+    assert card.data.to_dict()["base_model_relation"] == "finetune"
+    for wrong in (
+        {"base_model": "gpt2", "base_model_relation": "cousin"},
+        {"base_model_relation": "finetune"},
+    ):
+        with pytest.raises(ValueError, match="base_model_relation must be one of finetune"):
+            render_card(tiny(), **wrong)
+
+
+def test_author_is_told_what_is_unknown() -> None:
+    bare = left_out(render_card(tiny()))
+    for word in ("license", "base_model,", "datasets", "language", "results"):
+        assert any(word in said for said in bare), word
+    assert not any("pipeline_tag" in said or "relation" in said for said in bare)
+    assert any("relation" in said for said in left_out(render_card(tiny(), base_model="gpt2")))
+    assert not left_out(
+        render_card(
+            tiny(), **CARDS["with everything"], base_model_relation="finetune", language="en"
+        )
+    )
+
+
+def with_card(**told: Any) -> dict[str, Any]:
+    """The record with its part on the card, and the size of the model in its runs."""
+    results = copy.deepcopy(RESULTS)
+    results["card"] = {"architecture": "GPT2LMHeadModel", **told}
+    results["runs"][1]["parameters"] = tiny().num_parameters()
+    results["runs"][1]["attention"]["version"] = hf_expressive.__version__
+    return results
+
+
+def test_record_alone_gives_the_same_card_as_the_model() -> None:
+    told = {"name": "counter", "model_id": "me/counter", "license": "mit", "base_model": "gpt2"}
+    results = with_card(variant="squared", seed=0, **told)
+    assert f"{render_card(results=results)}" == f"{render_card(tiny(), results=results, seed=0)}"
+    by_arguments = render_card(results=with_card(), variant="squared", seed=0, **told)
+    assert f"{by_arguments}" == f"{render_card(results=results)}"
+
+
+def test_record_that_does_not_tell_the_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"lacks card\.architecture"):
+        render_card(results=RESULTS)
+    with pytest.raises(ValueError, match="a card needs a model"):
+        render_card()
+    with pytest.raises(ValueError, match="holds no run for variant='sdpa'"):
+        render_card(results=with_card(), variant="sdpa")
+
+
+def test_several_variants_with_one_attention_are_told_apart_by_name() -> None:
+    """For example before and after fine-tuning."""
+    results = with_card()
+    later = copy.deepcopy(results["runs"][1])
+    results["runs"].append({**later, "variant": "tuned", "final": {"hits": 1.0}})
+    results["summary"]["tuned"] = {**results["summary"]["sdpa"], "mean": 1.0}
+    for subject in ({"model": tiny()}, {}):
+        with pytest.raises(ValueError, match=r"squared, tuned.*variant"):
+            render_card(**subject, results=results)
+        card = render_card(**subject, results=results, variant="tuned", seed=0)
+        assert card.data.eval_results[0].metric_value == 1.0
+        assert "| tuned (this model) |" in card.text
+    with pytest.raises(ValueError, match="of the variant 'sdpa'"):
+        render_card(tiny(), results=results, variant="sdpa")
+
+
+def published() -> list[Path]:
+    """Cards of trained variants."""
+    found = sorted(MODEL_CARDS.glob("*.md"))
+    return [path for path in found if path.name not in ("template.md", "architectures.md")]
+
+
+def records() -> dict[str, Path]:
+    """Published records by the name of their card."""
+    found = {}
+    for path in sorted((REPOSITORY / "recipes" / "results").glob("*.json")):
+        told = json.loads(path.read_text(encoding="utf-8")).get("card")
+        if told and "name" in told:
+            found[told["name"]] = path
+    return found
+
+
+def test_every_published_card_has_a_record_and_every_such_record_a_card() -> None:
+    assert {path.stem for path in published()} == set(records())
+
+
+#: Models of the published cards' classes, small: what a card's code loads is not on any Hub.
+STAND_INS = {
+    "GPT2LMHeadModel": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=7, n_embd=8, n_layer=1, n_head=2)
+    ),
+    "BertModel": lambda: BertModel(BertConfig(**SMALL)),
+}
+
+
+@pytest.mark.parametrize("path", published(), ids=lambda path: path.stem)
+def test_published_card(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what its record gives today, the Hub's reader takes it, and its code runs."""
+    record = records()[path.stem]
+    results = json.loads(record.read_text(encoding="utf-8"))
+    card = render_card(results=results)
+    assert path.read_text(encoding="utf-8") == f"{card}", (
+        f"out of date: hf-expressive card {record.relative_to(REPOSITORY)} --output model_cards"
+    )
+    assert metadata_load(path) == card.data.to_dict()
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    (loaded,) = re.findall(r'from_pretrained\("(.*?)"\)', code)
+    attention = next(
+        run["attention"] for run in results["runs"] if run["variant"] == results["card"]["variant"]
+    )
+    options = read_section(attention)
+    stand_in = STAND_INS[results["card"]["architecture"]]()
+    hf_expressive.attach(stand_in, dataclasses.replace(options, softmax_layers=(), softmax_heads=0))
+    stand_in.save_pretrained(loaded)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert type(names["model"]).__name__ == results["card"]["architecture"]
+    assert names["model"].config._attn_implementation == attention["mechanism"]
 
 
 @pytest.mark.parametrize("mechanism", sorted(MECHANISMS))
@@ -283,9 +442,9 @@ def test_template_is_where_the_wheel_puts_it(monkeypatch: pytest.MonkeyPatch) ->
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     package = REPOSITORY / "hf_expressive"
-    assert [REPOSITORY / path for path in included.values()] == [hub._TEMPLATES[0]]
-    assert [REPOSITORY / path for path in included] == [hub._TEMPLATES[1]]
-    assert hub._TEMPLATES[0].parent == package
-    monkeypatch.setattr(hub, "_TEMPLATES", (package / "nowhere.md",))
+    assert [REPOSITORY / path for path in included.values()] == [cards._TEMPLATES[0]]
+    assert [REPOSITORY / path for path in included] == [cards._TEMPLATES[1]]
+    assert cards._TEMPLATES[0].parent == package
+    monkeypatch.setattr(cards, "_TEMPLATES", (package / "nowhere.md",))
     with pytest.raises(FileNotFoundError, match=r"neither nowhere\.md in the package"):
         render_card(tiny())
