@@ -1,4 +1,7 @@
-"""The RBF kernel with p = 2 is softmax attention, on every architecture: converting loses nothing."""
+"""The RBF kernel with p = 2 is softmax attention, on every architecture: converting loses nothing.
+
+The sample runs always; `-m architectures` runs the others too (two minutes on one core).
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,16 @@ import copy
 
 import pytest
 import torch
-from architectures.builder import architectures, build, parts
-from architectures.checks import run
-from architectures.exceptions import BOOLEAN_MASK, KEEP_EAGER, NO_PADDING, REFUSED
-from architectures.test_architectures import SAMPLE
 from test_contract import NAMES
 from torch import Tensor
 
 from hf_expressive import ImplicitKernelConfig, attach
 from hf_expressive.attention.implicit_kernel import ImplicitKernelAttention
+
+from .builder import architectures, build, parts
+from .checks import run
+from .exceptions import BOOLEAN_MASK, KEEP_EAGER, NO_PADDING, REFUSED
+from .test_architectures import SAMPLE
 
 TOLERANCE = 1e-5
 #: Outputs at positions that see no key: exactly zero by contract, where softmax spreads evenly.
