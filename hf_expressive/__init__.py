@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 from . import ops
 from .auxiliary import auxiliary_loss, modules_to_save
 from .config import ExpressiveConfig, ImplicitKernelConfig
+from .context_parallel import context_parallel
 from .discovery import supported_architectures
 from .explain import explain
 from .hooks import install as _install
@@ -26,6 +27,7 @@ __all__ = [
     "VerificationError",
     "attach",
     "auxiliary_loss",
+    "context_parallel",
     "detach",
     "explain",
     "modules_to_save",

@@ -56,6 +56,7 @@ class CompactMask(torch.Tensor):
         start, end: see `KeyRanges`. key_mask: its `keys`, which is a name that `torch.compile` needs.
         pattern: the same knowledge without data, where that is enough; else `None`.
         packing: the last position ids looked at for packed sequences, and what was found.
+        share: the share of a sequence that the queries are, see `attention.sequence_share`.
     """
 
     start: Tensor
@@ -63,6 +64,7 @@ class CompactMask(torch.Tensor):
     key_mask: Tensor | None
     pattern: Pattern | None
     packing: tuple[Tensor, KeyRanges | None] | None
+    share: Any
 
     @staticmethod
     def __new__(
@@ -82,6 +84,7 @@ class CompactMask(torch.Tensor):
         mask.start, mask.end, mask.key_mask = ranges.start, ranges.end, ranges.keys
         mask.pattern = pattern
         mask.packing = None
+        mask.share = None
         return mask
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -116,7 +119,9 @@ class CompactMask(torch.Tensor):
         """The same mask in another floating dtype or on another device."""
         keys = None if self.key_mask is None else self.key_mask.to(device)
         ranges = KeyRanges(self.start.to(device), self.end.to(device), keys)
-        return CompactMask(ranges, self.shape[0], self.shape[3], dtype, self.pattern)
+        mask = CompactMask(ranges, self.shape[0], self.shape[3], dtype, self.pattern)
+        mask.share = self.share
+        return mask
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -17,6 +17,7 @@ from .attention.base import Mechanism
 from .attention.contract import read_call
 from .attention.expressive import ExpressiveAttention
 from .attention.implicit_kernel import ImplicitKernelAttention
+from .attention.sequence_share import mask_function, share_of
 from .config import (
     CONFIG_CLASSES,
     SECTION,
@@ -25,7 +26,6 @@ from .config import (
     MechanismConfig,
     read_section,
 )
-from .masking import compact_mask
 
 #: Name of the child module that carries a mechanism on each attention module.
 CHILD = "mechanism"
@@ -97,6 +97,8 @@ def _attention_function(mechanism: str) -> Callable[..., tuple[Tensor, Tensor | 
                 f'{type(module).__name__} runs attn_implementation="{mechanism}" but was not prepared '
                 "for it; call hf_expressive.attach(model, config) on the whole model."
             )
+        if (share := share_of(attention_mask)) is not None:
+            key, value, attention_mask = share.exchange(query, key, value, attention_mask, kwargs)
         call = read_call(module, query, key, value, attention_mask, scaling, dropout, kwargs)
         out, weights = child(call)
         return out.transpose(1, 2).contiguous(), weights
@@ -108,4 +110,4 @@ def register() -> None:
     """Enters every mechanism into Transformers' attention and mask registries; idempotent."""
     for name in MECHANISMS:
         AttentionInterface.register(name, _attention_function(name))
-        AttentionMaskInterface.register(name, compact_mask)
+        AttentionMaskInterface.register(name, mask_function)

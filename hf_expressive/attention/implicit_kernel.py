@@ -308,6 +308,6 @@ def _common_keys(call: AttentionCall) -> Tensor | None:
         raise ValueError(
             "condition='mean' makes every position depend on all of its sequence, but here the "
             "queries do not all see the same keys (a causal, windowed or packed mask, "
-            "cross-attention, or a cache); use condition='constant'."
+            "cross-attention, context parallelism, or a cache); use condition='constant'."
         )
     return visible
