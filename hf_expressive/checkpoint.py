@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from .config import CONFIG_CLASSES, SECTION, read_section, shown
 
 #: What stands before the class in the `architectures` of a variant.
@@ -106,7 +108,7 @@ def _leaves(flag: object) -> Iterator[str]:
 
 
 def check_weight_files(files: Sequence[str | Path], *, whole_cache: bool = False) -> None:
-    """Refuses weights of a variant that are pickled, or not what the Hub says they are.
+    """Refuses weights of a variant that are pickled, incomplete, or not what the Hub says they are.
 
     The Hub's client compares sizes, not contents. A file that this process has downloaded is hashed
     once; a wrong one is removed from the cache, so that the next load fetches it again. Checkpoints
@@ -118,7 +120,7 @@ def check_weight_files(files: Sequence[str | Path], *, whole_cache: bool = False
 
     Raises:
         ValueError: a file is not safetensors; nothing of it has been read.
-        OSError: a file's content differs from what the Hub told.
+        OSError: a file's length is not what its header says, or its content not what the Hub told.
     """
     paths = [Path(file) for file in files]
     if not paths or not is_variant(paths[0].parent):
@@ -129,6 +131,9 @@ def check_weight_files(files: Sequence[str | Path], *, whole_cache: bool = False
                 f"{path.name} is not safetensors: a variant of {SECTION} has no pickled weights, which "
                 "could run code when they are read. Save it again with save_pretrained."
             )
+        _check_header(path)
+    wrong = []
+    for path in paths:
         blob = path.resolve()
         if not _SHA256.fullmatch(blob.name):
             continue
@@ -137,12 +142,23 @@ def check_weight_files(files: Sequence[str | Path], *, whole_cache: bool = False
         with blob.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
         if found != blob.name:
+            wrong.append(f"the SHA-256 of {path.name} is {found}, the Hub says {blob.name}")
             path.unlink()
             blob.unlink()
-            raise OSError(
-                f"{path.name} was damaged or changed on its way from the Hub: its SHA-256 is {found}, "
-                f"the Hub says {blob.name}. It has been removed from the cache; load the model again."
-            )
+    if wrong:
+        raise OSError(
+            f"damaged or changed on the way from the Hub: {'; '.join(wrong)}. It has been removed from "
+            "the cache; load the model again."
+        )
+
+
+def _check_header(path: Path) -> None:
+    """The header of a safetensors file says how long it has to be, and what lies where."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{path.name} is incomplete or damaged: {error}. Get it again.") from error
 
 
 def is_variant(folder: Path) -> bool:

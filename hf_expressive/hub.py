@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -12,16 +11,16 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import transformers
-from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .cards import left_out, render_card
 from .checkpoint import stock_names
 from .config import package_version, shown
 
-__all__ = ["Publication", "Saveable", "left_out", "load", "push", "render_card"]
+__all__ = ["Publication", "Saveable", "class_of", "left_out", "load", "push", "render_card"]
 
 logger = logging.get_logger(__name__)
 
@@ -68,15 +67,24 @@ def load(checkpoint: str | Path, **options: Any) -> PreTrainedModel:
     """
     names = {"revision", "subfolder", "token", "cache_dir", "local_files_only"}
     where = {name: value for name, value in options.items() if name in names}
-    config = AutoConfig.from_pretrained(checkpoint, **where)
-    architecture = stock_names(config.architectures or [""])[0]
-    model_class = getattr(transformers, architecture, None) if architecture else None
-    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-        raise ValueError(
-            f"{checkpoint}: architectures in config.json names {shown(config.architectures)}, no model "
-            f"class of Transformers {transformers.__version__}."
-        )
+    model_class = class_of(AutoConfig.from_pretrained(checkpoint, **where))
     return model_class.from_pretrained(checkpoint, **options)
+
+
+def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of Transformers that the `architectures` of a config name.
+
+    Raises:
+        ValueError: they name none of the installed version.
+    """
+    names = stock_names(config.architectures or [])
+    found = getattr(transformers, names[0], None) if names else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(
+            f"architectures in config.json is {shown(config.architectures)}, no model class of "
+            f"Transformers {transformers.__version__}."
+        )
+    return found
 
 
 def push(
@@ -230,15 +238,22 @@ def _publish(
         folder = Path(name)
         save(folder)
         card.save(folder / "README.md")
-        new = {path.name for path in folder.iterdir()}
+        new = {
+            path.relative_to(folder).as_posix(): path
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
         published = target.api.list_repo_files(target.repo_id, revision=target.revision)
         stale = [name for name in published if _WEIGHTS.fullmatch(name) and name not in new]
-        done = target.api.upload_folder(
-            repo_id=target.repo_id,
-            folder_path=folder,
+        # One commit, not `upload_folder`, which may make several. Two sets of weights must never lie
+        # side by side: a loader picks either.
+        done = target.api.create_commit(
+            target.repo_id,
+            [
+                *(CommitOperationAdd(name, path) for name, path in new.items()),
+                *(CommitOperationDelete(name) for name in stale),
+            ],
             revision=target.revision,
-            # In the same commit: two sets of weights side by side, and a loader picks either.
-            delete_patterns=[glob.escape(name) for name in stale],
             **commit,
         )
     return Publication(target.repo_id, done, tuple(left_out(card)))

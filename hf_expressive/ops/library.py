@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import blockwise, triton
+from . import blockwise, hopper, triton
 from .problem import AttentionProblem, KeyRanges
 from .response import Response
 
@@ -35,8 +35,15 @@ class Implementation(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]: ...
 
 
-IMPLEMENTATIONS: dict[str, Implementation] = {"blockwise": blockwise, "triton": triton}
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "blockwise": blockwise,
+    "triton": triton,
+    "hopper": hopper,
+}
 
+#: Of the operators' names. A copy of these files in a kernel repository has another, so that both can be
+#: loaded in one process.
+_NAMESPACE = __name__.partition(".")[0]
 _NO_WINDOW = -1
 _NO_SOFTCAP = 0.0
 
@@ -98,7 +105,7 @@ def _problem(arguments: Sequence[Any]) -> AttentionProblem:
     )
 
 
-@torch.library.custom_op("hf_expressive::attention_forward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::attention_forward", mutates_args=())
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -137,7 +144,7 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) ->
     return query.new_empty(shape), query.new_empty(query.shape[:3], dtype=dtype)
 
 
-@torch.library.custom_op("hf_expressive::attention_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::attention_backward", mutates_args=())
 def _backward(
     grad_out: Tensor,
     out: Tensor,
