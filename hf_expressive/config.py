@@ -162,7 +162,8 @@ class ImplicitKernelConfig(MechanismConfig):
         epsilon: ε ≥ 0 of the weight k² + ε.
         init: how `"stationary"` and `"direct"` start. `"kaiming"`: uniform within ±d^-½, the authors'
             choice. `"gaussian"`: 2πW ~ N(0, 1/(2√d)), whose squared kernel is the RBF kernel of softmax
-            attention up to the sampling error of M frequencies.
+            attention up to the sampling error of M frequencies. `"orthogonal"`: the same with each d
+            frequencies orthogonal to each other, which errs less: the choice for converting.
         condition: what the noise of `"implicit"` and `"copula"` depends on. `"mean"`: learned constants
             and the mean query and key of the sequence, as in the paper; every position then sees the
             whole sequence, so it is for encoders only. `"constant"`: learned constants. `"auto"`:
@@ -181,7 +182,7 @@ class ImplicitKernelConfig(MechanismConfig):
             read.
 
     Source: K. Song, Y. Jung, D. Kim, I.-C. Moon, AAAI 2021, arXiv 2006.06147; `p="learned"`,
-    `init="gaussian"`, `condition="constant"` and the hybrids are ours.
+    `init="gaussian"` and `"orthogonal"`, `condition="constant"` and the hybrids are ours.
     """
 
     mechanism: ClassVar[str] = "implicit_kernel"
@@ -191,7 +192,7 @@ class ImplicitKernelConfig(MechanismConfig):
     p: Literal["learned"] | float = 2.0
     norm_dropout: float = 0.1
     epsilon: float = 1e-5
-    init: Literal["kaiming", "gaussian"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
     condition: Literal["auto", "mean", "constant"] = "auto"
     prior_scale: float = 0.1
     kl_weight: float = 0.1
@@ -202,7 +203,7 @@ class ImplicitKernelConfig(MechanismConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice("kernel", self.kernel, ("rbf", "stationary", "direct", "implicit", "copula"))
-        _check_choice("init", self.init, ("kaiming", "gaussian"))
+        _check_choice("init", self.init, ("kaiming", "gaussian", "orthogonal"))
         _check_choice("condition", self.condition, ("auto", "mean", "constant"))
         if not _is_integer(self.num_features) or not 1 <= self.num_features <= _MOST_FEATURES:
             raise ValueError(

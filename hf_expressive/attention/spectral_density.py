@@ -23,15 +23,24 @@ from ..config import ImplicitKernelConfig
 class LearnedFrequencies(nn.Module):
     """Frequencies that are parameters: `weight`, (K, S, d, M).
 
-    Initialised, as `init` says, uniformly within ±d^-½ (kaiming with a = √5 and fan-in d), or with
+    They start, as `init` says, uniformly within ±d^-½ (kaiming with a = √5, its fan-in d), or with
     2πW ~ N(0, 1/(2√d)). The score is the square of the kernel, so the Gaussian approximates the root
-    of the RBF kernel, exp(−‖q − k‖²/(4√d)). Its two densities of `"direct"` start a tenth of a
-    standard deviation apart: equal ones would receive equal gradients for ever.
+    of the RBF kernel, exp(−‖q − k‖²/(4√d)), with an error that falls as M^-½. `"orthogonal"` has the
+    same Gaussian in each frequency, but makes those of a block of d orthogonal to each other, which
+    cancels a part of the error (F. X. Yu et al., "Orthogonal random features", NeurIPS 2016).
+
+    How close the attention weights then are to softmax, as the mean share of a row's weight that lies
+    elsewhere (128 standard normal queries and keys times `length`; `recipes/closeness.py` has more):
+
+    CLOSENESS_TABLE
+
+    The two densities of `"direct"` start a tenth of a standard deviation apart: equal ones would receive
+    equal gradients for ever.
     """
 
     def __init__(self, options: ImplicitKernelConfig, heads: int, dim: int) -> None:
         super().__init__()
-        self.gaussian = options.init == "gaussian"
+        self.init = options.init
         densities = 2 if options.kernel == "direct" else 1
         self.weight = nn.Parameter(torch.empty(heads, densities, dim, options.num_features))
 
@@ -40,13 +49,24 @@ class LearnedFrequencies(nn.Module):
 
     def reset_parameters(self) -> None:
         heads, densities, dim, num_features = self.weight.shape
-        if not self.gaussian:
+        if self.init == "kaiming":
             init.uniform_(self.weight, -(dim**-0.5), dim**-0.5)
             return
         deviation = (2.0 * math.sqrt(dim)) ** -0.5 / (2.0 * math.pi)
         shared = self.weight.new_empty(heads, 1, dim, num_features).normal_()
+        if self.init == "orthogonal":
+            shared = _orthogonalized(shared)
         apart = torch.zeros_like(self.weight).normal_(std=0.1 if densities == 2 else 0.0)
         init.copy_(self.weight, (shared + apart) * deviation)
+
+
+def _orthogonalized(columns: Tensor) -> Tensor:
+    """Keeps the lengths of random columns (…, d, M), makes the directions of each d orthogonal."""
+    blocks = []
+    for block in columns.float().split(columns.shape[-2], dim=-1):
+        directions = torch.linalg.qr(block).Q
+        blocks.append(directions * block.norm(dim=-2, keepdim=True))
+    return torch.cat(blocks, dim=-1).to(columns.dtype)
 
 
 class GeneratedFrequencies(nn.Module):
