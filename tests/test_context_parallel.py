@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-from launching import REPOSITORY
+from launching import REPOSITORY, TWO, launch
 from tolerances import FLOOR, LOGITS, SAME_IN_FLOAT64
 from transformers import MistralConfig, MistralForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
@@ -82,6 +82,25 @@ def test_gathering_is_exact(found: dict[str, Any], processes: int) -> None:
     assert measured["values"] == 0.0
     # One rounding, of the sum in float32.
     assert measured["gradients"] == 0.0
+
+
+def test_benchmark_runs_without_a_gpu(tmp_path: Path) -> None:
+    sizes = (
+        "--length 48 --alone_length 32 --check_length 33 --width 16 --layers 2 --heads 4 --turns 1"
+    )
+    done = launch(
+        TWO,
+        "benchmark_context_parallel.py",
+        *sizes.split(),
+        *("--device", "cpu", "--commit", "none", "--output", str(tmp_path)),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "48" in done.stdout
+    text = (tmp_path / "benchmark_context_parallel.json").read_text(encoding="utf-8")
+    (row,) = json.loads(text)["results"]
+    assert row["difference"]["gradient"] < LOGITS
+    assert row["difference"]["loss_shared"] == pytest.approx(row["difference"]["loss_alone"])
+    assert [row[name]["tokens"] for name in ("alone", "shared", "long")] == [32, 32, 48]
 
 
 # ---- shares, in one process ----------------------------------------------------------------------
