@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
-from transformers.utils import logging
 
 from . import __version__
 from .cards import RELATIONS, left_out, render_card
@@ -32,7 +32,6 @@ from .verify import VerificationError, verify
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code."""
     given = _parser().parse_args(arguments)
-    logging.set_verbosity_error()
     try:
         code: int = given.run(given)
     except (ValueError, OSError, SafetensorError) as error:
@@ -61,6 +60,10 @@ def _info(given: argparse.Namespace) -> int:
 
 def _verify(given: argparse.Namespace) -> int:
     model = _load(given)
+    if not Path(given.checkpoint).is_dir():
+        cached = snapshot_download(given.checkpoint, revision=given.revision, local_files_only=True)
+        files = sorted(Path(cached, given.subfolder).glob("*.safetensors"))
+        check_weight_files(files, whole_cache=True)
     try:
         print(verify(model))
     except VerificationError as error:
@@ -138,11 +141,7 @@ def _kernel(given: argparse.Namespace) -> int:
 
 
 def _load(given: argparse.Namespace) -> PreTrainedModel:
-    model = load(given.checkpoint, dtype=given.dtype, device_map=given.device_map, **_place(given))
-    if Path(given.checkpoint).is_dir():
-        folder = Path(given.checkpoint, given.subfolder)
-        check_weight_files(sorted(folder.glob("*.safetensors")), whole_cache=True)
-    return model
+    return load(given.checkpoint, dtype=given.dtype, device_map=given.device_map, **_place(given))
 
 
 def _processor(given: argparse.Namespace) -> Saveable | None:

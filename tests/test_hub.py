@@ -354,6 +354,18 @@ def test_files_that_were_there_before_are_checked_on_demand(
     assert not blob.exists()
 
 
+def test_verify_hashes_what_the_cache_holds(hub: HubStandIn, tmp_path: Path) -> None:
+    push(variant(), "me/small")
+    assert cli.main(["verify", "me/small"]) == 0
+    (file,) = (tmp_path / "cache").rglob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.resolve().write_bytes(content)
+    os.utime(file.resolve(), (0, 0))
+    assert cli.main(["verify", "me/small"]) == 2
+    assert cli.main(["verify", "me/small"]) == 0
+
+
 @pytest.mark.parametrize("keep", [0.0, 0.1, 0.9])
 def test_truncated_shard_in_a_folder(keep: float, tmp_path: Path) -> None:
     """The header of a safetensors file tells how long it has to be."""
