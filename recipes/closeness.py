@@ -21,6 +21,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -69,8 +70,6 @@ class Options:
     )
     keys: int = option(128, "queries, and keys, of a draw")
     seeds: int = option(10, "draws of frequencies, queries and keys")
-    output_dir: str = option("outputs/closeness", "folder for results and picture")
-    overwrite: bool = option(False, "replace the results that the output folder already holds")
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "keys", "seeds")
@@ -80,6 +79,14 @@ class Options:
                 bool(values) and min(values) > 0,
                 f"--{name} must be positive numbers, got {values}.",
             )
+
+
+@dataclass
+class OutputOptions:
+    _argument_group_name: ClassVar[str] = "output"
+
+    output_dir: str = option("outputs/closeness", "folder for results and picture")
+    overwrite: bool = option(False, "replace the results that the output folder already holds")
 
 
 def errors(frequencies: Tensor, query: Tensor, key: Tensor, epsilon: float) -> dict[str, float]:
@@ -135,6 +142,15 @@ def rate(entries: list[Any], name: str) -> float | None:
     x = np.log([entry["features"] for entry in fitted])
     y = np.log([entry[name]["mean"] for entry in fitted])
     return float(np.polyfit(x, y, 1)[0])
+
+
+def command(options: Options) -> str:
+    """What repeats the measurement."""
+    words = ["accelerate launch recipes/closeness.py"]
+    for name, value in asdict(options).items():
+        values = value if isinstance(value, list) else [value]
+        words.append(" ".join([f"--{name}", *map(str, values)]))
+    return " ".join(words)
 
 
 def plot(curves: list[dict[str, Any]], path: Path) -> None:
@@ -212,10 +228,10 @@ def print_table(curves: list[dict[str, Any]], options: Options, console: Console
 
 
 def main() -> None:
-    (options,) = parse([Options], "closeness.py", __doc__)
-    folder = Path(options.output_dir)
+    options, output = parse([Options, OutputOptions], "closeness.py", __doc__)
+    folder = Path(output.output_dir)
     results, picture = folder / "results.json", folder / "closeness.png"
-    if results.exists() and not options.overwrite:
+    if results.exists() and not output.overwrite:
         sys.exit(f"error: {results} exists; choose another --output_dir, or pass --overwrite.")
     accelerator = Accelerator(cpu=True)
     curves = []
@@ -234,12 +250,15 @@ def main() -> None:
             )
     record = {
         "recipe": "closeness",
-        "command": " ".join(["accelerate launch recipes/closeness.py", *sys.argv[1:]]),
+        "command": command(options),
         "settings": asdict(options),
         "environment": environment(accelerator),
         "curves": curves,
     }
-    write_text(results, json.dumps(record, indent=1) + "\n")
+    # Lists of numbers and words on one line, as in the records of the other recipes.
+    text = json.dumps(record, indent=2)
+    text = re.sub(r"\[\n[^][{}]*\]", lambda found: " ".join(found[0].split()), text)
+    write_text(results, text + "\n")
     plot(curves, picture)
     console = Console(soft_wrap=True)
     print_table(curves, options, console)

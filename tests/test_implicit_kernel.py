@@ -360,6 +360,25 @@ def test_densities_of_the_direct_kernel_start_apart() -> None:
     assert 0.05 < float((first - second).std() / first.std()) < 0.3
 
 
+@pytest.mark.parametrize("num_features", [3, 16, 40])
+def test_orthogonal_frequencies_keep_the_gaussian_lengths(num_features: int) -> None:
+    options = ImplicitKernelConfig(
+        kernel="stationary", init="orthogonal", num_features=num_features
+    )
+    density = LearnedFrequencies(options, 50, 16)
+    density.reset_parameters()
+    weight = density.weight.detach()[:, 0]
+    for block in weight.split(16, dim=-1):
+        products = block.mT @ block
+        beside = products - torch.diag_embed(products.diagonal(dim1=-2, dim2=-1))
+        assert float(beside.abs().max()) < 1e-6
+    deviation = (2.0 * 16**0.5) ** -0.5 / (2.0 * torch.pi)
+    lengths = weight.square().sum(dim=-2) / deviation**2
+    assert float(lengths.mean()) == pytest.approx(16.0, rel=0.1)
+    assert float(lengths.var()) == pytest.approx(32.0, rel=0.4)
+    assert float(weight.mean()) == pytest.approx(0.0, abs=0.1 * deviation)
+
+
 # ---- gradients ------------------------------------------------------------------------------------
 
 
@@ -744,6 +763,7 @@ def _differs(kernel: str, build: Any = _bert, **option: Any) -> bool:
         *[(kernel, {"num_features": 32}) for kernel in KERNELS[1:]],
         *[(kernel, {"epsilon": 0.5}) for kernel in KERNELS[1:]],
         *[(kernel, {"init": "gaussian"}) for kernel in ("stationary", "direct")],
+        *[(kernel, {"init": "orthogonal"}) for kernel in ("stationary", "direct")],
         *[(kernel, {"condition": "constant"}) for kernel in NOISY],
         *[(kernel, {"prior_scale": 0.5}) for kernel in NOISY],
         *[(kernel, {"kl_weight": 0.7}) for kernel in NOISY],
