@@ -49,13 +49,14 @@ def context_parallel(
         group: processes; all of them by default.
 
     Yields:
-        The arguments of this process' forward pass: the cut tensors; `position_ids` and
-        `attention_mask` where the batch had none; with labels `shift_labels`, each position's next
+        The arguments of this process' forward pass: the cut tensors; `attention_mask` and, from 0 on,
+        `position_ids` where the batch had none; with labels `shift_labels`, each position's next
         label, and `num_items_in_batch`, their number a process, by which the loss is divided.
 
     Raises:
         ValueError: a model with attention or recurrence that would see its own part of the sequence
-            only, a sequence too short for the group, a mask with other than two dimensions.
+            only, a sequence too short for the group, a mask with other than two dimensions, no
+            `position_ids` where models count them in different ways.
         RuntimeError: no process group has been initialised, or a sequence is shared already.
     """
     if not dist.is_initialized():
@@ -82,8 +83,12 @@ def context_parallel(
             f"attention_mask must be a padding mask {(rows, length)}, got "
             f"{tuple(mask.shape) if isinstance(mask, Tensor) else mask!r}."
         )
-    positions = whole.setdefault("position_ids", torch.arange(length, device=main.device)[None])
-    packing = packed_rows(positions) if positions.dim() == 2 and bool(mask.all()) else None
+    padded = not bool(mask.all())
+    if whole.get("position_ids") is None:
+        _refuse_to_count(model, padded)
+        whole["position_ids"] = torch.arange(length, device=main.device)[None]
+    positions = whole["position_ids"]
+    packing = packed_rows(positions) if positions.dim() == 2 and not padded else None
     if (labels := whole.get("labels")) is not None:
         _count_labels(whole, labels, group.size())
 
@@ -97,7 +102,25 @@ def context_parallel(
 
 
 def _has_positions(value: object, rows: int, length: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == length
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        return False
+    return value.shape[0] in (1, rows) and value.shape[1] == length
+
+
+def _refuse_to_count(model: nn.Module, padded: bool) -> None:
+    """Raises ValueError where a model may count positions in another way than from 0 on."""
+    from_padding = any(
+        isinstance(module, nn.Embedding)
+        and module.padding_idx is not None
+        and "position" in name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+    )
+    if padded or from_padding:
+        reason = "it has padding" if padded else "this model counts from its padding index on"
+        raise ValueError(
+            f"batch needs position_ids (batch, length), because {reason}; give those that the model "
+            "would count on the whole sequence."
+        )
 
 
 def _count_labels(batch: dict[str, Any], labels: Tensor, processes: int) -> None:

@@ -181,6 +181,7 @@ def encoder() -> dict[str, float]:
     batch = {
         "input_ids": ids(),
         "attention_mask": padding("right")["attention_mask"],
+        "position_ids": torch.arange(LENGTH)[None],
         "token_type_ids": (torch.arange(LENGTH) > 8).long().expand(2, -1),
     }
 

@@ -17,7 +17,14 @@ import torch
 import torch.distributed as dist
 from launching import REPOSITORY, TWO, launch
 from tolerances import FLOOR, LOGITS, SAME_IN_FLOAT64
-from transformers import MistralConfig, MistralForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+    RobertaConfig,
+    RobertaModel,
+)
 
 import hf_expressive
 from hf_expressive import ExpressiveConfig
@@ -190,6 +197,10 @@ def test_without_processes() -> None:
             {"input_ids": tiny.tokens(), "attention_mask": torch.ones(2, 1, 9, 9)},
             r"attention_mask must be a padding mask \(2, 9\), got \(2, 1, 9, 9\)",
         ),
+        (
+            {"input_ids": tiny.tokens(), "attention_mask": torch.arange(9).expand(2, -1) > 3},
+            "batch needs position_ids .* because it has padding",
+        ),
     ],
 )
 def test_bad_batches(alone: dist.ProcessGroup, batch: dict[str, Any], sentence: str) -> None:
@@ -199,6 +210,27 @@ def test_bad_batches(alone: dist.ProcessGroup, batch: dict[str, Any], sentence: 
         hf_expressive.context_parallel(model, batch),
     ):
         pass
+
+
+def test_positions_from_the_padding_index_on(alone: dist.ProcessGroup) -> None:
+    config = RobertaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    model = hf_expressive.attach(RobertaModel(config).eval(), ExpressiveConfig())
+    batch = {"input_ids": tiny.tokens()}
+    with (
+        pytest.raises(ValueError, match="this model counts from its padding index on"),
+        hf_expressive.context_parallel(model, batch),
+    ):
+        pass
+    counted = torch.arange(9)[None] + config.pad_token_id + 1
+    with hf_expressive.context_parallel(model, {**batch, "position_ids": counted}) as share:
+        shared = model(**share).last_hidden_state
+    assert torch.allclose(shared, model(**batch).last_hidden_state, atol=LOGITS)
 
 
 def test_softmax_of_transformers_itself(alone: dist.ProcessGroup) -> None:
