@@ -16,6 +16,10 @@ from typing import Any, ClassVar, Literal, Self
 SECTION = "hf_expressive"
 
 
+#: No model has as many layers or heads; a larger number is no count but an accident.
+_MOST = 2**31 - 1
+
+
 def package_version() -> str:
     from . import __version__
 
@@ -65,10 +69,10 @@ class MechanismConfig:
         layers = self.softmax_layers
         if not isinstance(layers, list | tuple) or not all(map(_is_integer, layers)):
             raise ValueError(f"softmax_layers must be a list of integers, got {shown(layers)}.")
-        if any(layer < 0 for layer in layers) or len(set(layers)) != len(layers):
+        if not all(0 <= layer <= _MOST for layer in layers) or len(set(layers)) != len(layers):
             raise ValueError(f"softmax_layers must be distinct indices ≥ 0, got {shown(layers)}.")
         object.__setattr__(self, "softmax_layers", tuple(sorted(layers)))
-        if not _is_integer(self.softmax_heads) or self.softmax_heads < 0:
+        if not _is_integer(self.softmax_heads) or not 0 <= self.softmax_heads <= _MOST:
             raise ValueError(
                 f"softmax_heads must be an integer ≥ 0, got {shown(self.softmax_heads)}."
             )

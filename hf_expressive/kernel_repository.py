@@ -84,8 +84,9 @@ def _write_build(folder: Path, backend: str) -> None:
     shutil.copytree(_PACKAGE / "ops", folder / "ops", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(_PACKAGE / "kernel_entry.py", folder / "__init__.py")
     content = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        content.update(path.read_bytes())
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            content.update(path.read_bytes())
     metadata = {
         # The name of the module in the process: kernels of several versions go side by side.
         "id": f"_{_NAME.replace('-', '_')}_{backend}_{content.hexdigest()[:12]}",

@@ -38,7 +38,8 @@ def test_layout(repository: Path) -> None:
     builds = {path.name: path for path in (repository / "build").iterdir()}
     assert set(builds) == {"torch-cpu", "torch-cuda"}
     package = Path(hf_expressive.__file__).parent
-    sources = {path.relative_to(package) for path in (package / "ops").rglob("*.py")}
+    files = [path for path in (package / "ops").rglob("*") if path.is_file()]
+    sources = {path.relative_to(package) for path in files if path.parent.name != "__pycache__"}
     for name, build in builds.items():
         metadata = json.loads((build / "metadata.json").read_text(encoding="utf-8"))
         assert metadata["id"].isidentifier()
