@@ -5,7 +5,9 @@
 * `"reference"`: dense, O(Q·N) memory, differentiable any number of times. The specification.
 * `"blockwise"`: plain torch in tiles, O(N) memory; every device.
 * `"triton"`: fused kernels; CUDA (or Triton's interpreter). Raises where a problem is not covered.
-* `"auto"`: `"triton"` for CUDA tensors that the kernels cover, `"blockwise"` for everything else.
+* `"hopper"`: kernels for GPUs of compute capability 9.0 and the commonest cases; raises otherwise.
+* `"auto"`: for CUDA tensors the first of `"hopper"` and `"triton"` that covers the call, `"blockwise"`
+  for everything else.
 
 An implementation asked for by name runs or raises; it is never replaced by another.
 """
@@ -18,13 +20,15 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import library, reference, triton
+from . import hopper, library, reference, triton
 from .dropout import draw_seed
 from .problem import AttentionProblem, KeyRanges
 from .response import Response
 
-Implementation = Literal["auto", "reference", "blockwise", "triton"]
-IMPLEMENTATION_NAMES: tuple[str, ...] = ("auto", "reference", "blockwise", "triton")
+Implementation = Literal["auto", "reference", "blockwise", "triton", "hopper"]
+IMPLEMENTATION_NAMES: tuple[str, ...] = ("auto", "reference", "blockwise", "triton", "hopper")
+# Kernels in the order in which `auto` tries them.
+_KERNELS = {"hopper": hopper, "triton": triton}
 
 
 def expressive_attention(
@@ -211,10 +215,13 @@ def choose(problem: AttentionProblem, impl: str, *, return_weights: bool = False
             )
         return "reference"
     if impl == "auto":
-        fused = problem.query.device.type == "cuda" and triton.unsupported(problem) is None
-        return "triton" if fused else "blockwise"
-    if impl == "triton" and (reason := triton.unsupported(problem)) is not None:
-        raise NotImplementedError(f"impl='triton' does not cover this call: {reason}")
+        if problem.query.device.type == "cuda":
+            for name, kernels in _KERNELS.items():
+                if kernels.unsupported(problem) is None:
+                    return name
+        return "blockwise"
+    if impl in _KERNELS and (reason := _KERNELS[impl].unsupported(problem)) is not None:
+        raise NotImplementedError(f"impl={impl!r} does not cover this call: {reason}")
     return impl
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import blockwise, triton
+from . import blockwise, hopper, triton
 from .problem import AttentionProblem, KeyRanges
 from .response import Response
 
@@ -35,7 +35,11 @@ class Implementation(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]: ...
 
 
-IMPLEMENTATIONS: dict[str, Implementation] = {"blockwise": blockwise, "triton": triton}
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "blockwise": blockwise,
+    "triton": triton,
+    "hopper": hopper,
+}
 
 #: Of the operators' names. A copy of these files in a kernel repository has another, so that both can be
 #: loaded in one process.

@@ -1,0 +1,80 @@
+"""Kernels for Hopper GPUs (compute capability 9.0): the cases that training spends its time on.
+
+Expressive attention of power 1 and 2 with causality, sliding window, padding, packed sequences, grouped
+heads, learned gain and sinks, for head sizes 64 and 128 in bfloat16 and float16. The forward kernel is
+written in Gluon (`tiled_forward`); gradients are those of the portable kernels. Deterministic: which
+program computes a tile varies, what it computes does not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .. import triton as portable
+from ..problem import AttentionProblem
+
+_HEAD_SIZES = (64, 128)
+
+
+def unsupported(problem: AttentionProblem) -> str | None:
+    """One sentence why these kernels cannot run `problem`, or `None` if they can."""
+    query, value, response = problem.query, problem.value, problem.response
+    if not query.is_cuda:
+        return f"the Hopper kernels run on a GPU, the tensors are on {query.device}."
+    if not has_gluon():
+        return "the Hopper kernels need Triton 3.6 or newer; `pip install -U triton`."
+    if _capability(query.device) != (9, 0):
+        major, minor = _capability(query.device)
+        return f"the Hopper kernels need compute capability 9.0, this GPU has {major}.{minor}."
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return f"the Hopper kernels take bfloat16 or float16 tensors, got {query.dtype}."
+    if query.shape[-1] not in _HEAD_SIZES or value.shape[-1] != query.shape[-1]:
+        sizes = f"{query.shape[-1]} and {value.shape[-1]}"
+        return f"the Hopper kernels take equal head sizes of 64 or 128, got {sizes}."
+    if response.kind != "hill" or response.power not in (1.0, 2.0):
+        return f"the Hopper kernels compute Hill responses of power 1 and 2, got {response}."
+    for name in ("key_bias", "bias", "mask", "softcap"):
+        if getattr(problem, name) is not None:
+            return f"the Hopper kernels take no {name}."
+    if problem.dropout > 0.0:
+        return "the Hopper kernels have no dropout."
+    if query.shape[2] * problem.group <= portable.DECODE_ROWS:
+        return (
+            "a call with few queries is a decoding step, which the portable kernels split by keys."
+        )
+    return portable.unsupported(problem)
+
+
+@cache
+def has_gluon() -> bool:
+    """Whether the installed Triton brings Gluon for Hopper."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """Attention of `problem`, which `unsupported` must have accepted.
+
+    Returns:
+        out: (B, H, Q, E) in the dtype of the query, contiguous.
+        log_normalizer: log(exp(sink) + Σ w), (B, H, Q), float32, −inf for a row that sees nothing.
+    """
+    from .tiled_forward import forward as tiled
+
+    return tiled(problem)
+
+
+#: The gradients of the portable kernels, which take the same output and log normaliser.
+backward = portable.backward

@@ -1,0 +1,119 @@
+"""Which keys each tile of queries sees, worked out on the device before the kernel proper starts.
+
+One small launch turns causality, sliding window and `KeyRanges` into the same two tables, so that the
+attention kernel knows a single form of visibility. It also sets the counter that hands out the tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..problem import AttentionProblem
+
+#: Queries of a tile; its two halves belong to one consumer each.
+ROWS = 128
+#: Numbers a tile in `Plan.tiles`.
+FIELDS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The tables of one call. Letters: R is B, or 1 where all sequences of a batch share a pattern.
+
+    Args:
+        rows: int32, (2, R, tiles · `ROWS`): first visible key of each query and one past the last;
+            queries past the last one repeat its bounds.
+        tiles: int32, (R, tiles, `FIELDS`): first visible key of any query of the tile, one past the last
+            one, and for both halves [start, end) of the keys that all of its queries see.
+        counter: int32, (1,), zero.
+        count: tiles of one head.
+    """
+
+    rows: Tensor
+    tiles: Tensor
+    counter: Tensor
+    count: int
+
+    @property
+    def patterns(self) -> int:
+        return self.tiles.shape[0]
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "left", "right"])
+def plan_kernel(
+    start,
+    end,
+    rows,
+    tiles,
+    counter,
+    num_queries,
+    num_keys,
+    left,
+    right,
+    ROWS: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    pattern = tl.program_id(1)
+    half = tl.arange(0, 2)[:, None]
+    index = tile * ROWS + half * (ROWS // 2) + tl.arange(0, ROWS // 2)[None, :]
+    query = tl.minimum(index, num_queries - 1)
+    diagonal = query + (num_keys - num_queries)
+    first = tl.maximum(diagonal - left + 1, 0)
+    last = tl.minimum(diagonal + right, num_keys)
+    if start is not None:
+        place = pattern.to(tl.int64) * num_queries + query
+        first = tl.maximum(first, tl.load(start + place))
+        last = tl.minimum(last, tl.load(end + place))
+    width = tl.num_programs(0) * ROWS
+    tl.store(rows + pattern * width + index, first)
+    tl.store(rows + (tl.num_programs(1) + pattern) * width + index, last)
+
+    seen = first < last
+    entry = tiles + (pattern * tl.num_programs(0) + tile) * FIELDS
+    tl.store(entry, tl.min(tl.min(tl.where(seen, first, num_keys - 1), 1), 0))
+    tl.store(entry + 1, tl.max(tl.max(tl.where(seen, last, 0), 1), 0))
+    both = tl.arange(0, 2)
+    tl.store(entry + 2 + 2 * both, tl.max(first, 1))
+    tl.store(entry + 3 + 2 * both, tl.min(last, 1))
+    if tile + pattern == 0:
+        tl.store(counter, 0)
+
+
+def plan(problem: AttentionProblem) -> Plan:
+    """The tables of a problem."""
+    num_queries, num_keys = problem.query.shape[2], problem.key.shape[2]
+    ranges = problem.ranges
+    start = end = None
+    patterns = 1
+    if ranges is not None:
+        start, end = ranges.start.int().contiguous(), ranges.end.int().contiguous()
+        patterns = start.shape[0]
+    count = triton.cdiv(num_queries, ROWS)
+    new = problem.query.new_empty
+    rows = new(2, patterns, count * ROWS, dtype=torch.int32)
+    tiles = new(patterns, count, FIELDS, dtype=torch.int32)
+    counter = new(1, dtype=torch.int32)
+    # A query at diagonal d sees d − left < j < d + right.
+    everything = num_queries + num_keys
+    window = everything if problem.sliding_window is None else problem.sliding_window
+    plan_kernel[(count, patterns)](
+        start,
+        end,
+        rows,
+        tiles,
+        counter,
+        num_queries,
+        num_keys,
+        window,
+        1 if problem.is_causal else window,
+        ROWS=ROWS,
+        FIELDS=FIELDS,
+        num_warps=1,
+    )
+    return Plan(rows, tiles, counter, count)

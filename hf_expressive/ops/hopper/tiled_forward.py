@@ -1,0 +1,497 @@
+"""The forward kernel for Hopper GPUs, in Gluon: a producer warp and two consumer warp groups.
+
+A program stays on its multiprocessor and takes tile after tile (128 queries of one head) from a
+counter. The producer copies tiles into shared memory asynchronously, as far ahead as there is room.
+Each consumer holds 64 of the queries and takes one step a block of keys:
+
+    scores of the next block = Q·Kᵀ        asynchronous, first in line
+    output += weights · V                  asynchronous, behind it
+    weights of the next block              on the arithmetic units, while the products run
+
+Weights need no running maximum, so nothing that was accumulated is ever rescaled. Steps run on across
+the end of a tile: its last values share a step with the first keys of the next tile. A stage of the
+ring buffer therefore holds the pair that one step needs: the values of a block and the keys of the
+block after it. The tile's output leaves through the shared memory of its own queries.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..problem import AttentionProblem
+from .plan import FIELDS, ROWS, plan
+
+# Triton 3.7 or so renamed the two bulk copies.
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+_LN_2 = gl.constexpr(0.6931471805599453)
+_LOG2_E = gl.constexpr(1.4426950408889634)
+# Below the smallest normal number a row sum counts as zero, as in the reference.
+_TINY = gl.constexpr(1.1754943508222875e-38)
+_FIELDS = gl.constexpr(FIELDS)
+# Keys of a block, and the size of a half of the queries: what one matrix instruction spans.
+_KEYS = 128
+_HALF = ROWS // 2
+# Keys and values of the heads that programs work on at a time; they should stay in the L2 cache, of
+# which an H200 has 50 MiB. With all heads at once it thrashes (hit rate 42 % instead of 84 %).
+_BAND_BYTES = 16 * 2**20
+
+
+@gluon.jit
+def reciprocal(x):
+    """1 / x, relative error below 2⁻²³."""
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def weights_of(score, factor, inverse, POWER: gl.constexpr, FOLDED: gl.constexpr):
+    """z²ⁿ / (1 + z²ⁿ) of z = factor · score, or s²ⁿ / (s²ⁿ + inverse) with `FOLDED`.
+
+    Power 1 is not clamped, which would cost 7 % of the whole kernel: a score beyond 1.8e19, whose square
+    is infinite, gives NaN. Power 2 clamps z² where the response is 1 to the last bit.
+    """
+    if not FOLDED:
+        score = score * factor
+        inverse = 1.0
+    raised = score * score
+    if POWER == 2:
+        raised = gl.minimum(raised, 1e18)
+        raised = raised * raised
+    return raised * reciprocal(raised + inverse)
+
+
+@gluon.jit
+def as_multiplied(weight, DTYPE: gl.constexpr, LIFT: gl.constexpr):
+    """The weight as the product with the values will see it, rounded to their dtype.
+
+    Rows that see few keys are summed from these: with one key the output is then its value exactly.
+    """
+    return (weight * LIFT).to(DTYPE).to(gl.float32) * (1.0 / LIFT)
+
+
+@gluon.jit
+def lane_sums(weight, HALF: gl.constexpr, KEYS: gl.constexpr):
+    """Row sums of a tile within each thread: (HALF, 4), without any exchange between threads."""
+    return gl.sum(gl.sum(weight.reshape([HALF, KEYS // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def place(index, shape):
+    """(tile, row of B · H) of a work item: band by band of heads, the last tiles of a band first."""
+    tiles, rows, band = shape[0], shape[1], shape[2]
+    area = tiles * band
+    first = index // area * band
+    rest = index % area
+    width = gl.minimum(band, rows - first)
+    return tiles - 1 - rest // width, first + rest % width
+
+
+@gluon.jit
+def entry_of(tile, row, shape, table):
+    """Address of the plan's numbers for a tile."""
+    tiles, heads, patterns = shape[0], shape[3], shape[5]
+    pattern = gl.minimum(row // heads, patterns - 1)
+    return table + (pattern * tiles + tile) * _FIELDS
+
+
+@gluon.jit
+def blocks_of(entry, KEYS: gl.constexpr):
+    """(first block, number of blocks) of keys; one block at least, all of its keys may be hidden."""
+    first = gl.load(entry) // KEYS
+    return first, gl.maximum(gl.cdiv(gl.load(entry + 1), KEYS) - first, 1)
+
+
+@gluon.jit
+def producer(
+    descriptors, buffers, barriers, table, counter, shape,
+    HALF: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    query_tiles, key_tiles, value_tiles = descriptors[0], descriptors[1], descriptors[2]
+    query_buffer, key_buffer, value_buffer, index_buffer = (
+        buffers[0], buffers[1], buffers[2], buffers[3],
+    )  # fmt: skip
+    queries_in, queries_out, step_in, step_out, index_in, index_out = (
+        barriers[0], barriers[1], barriers[2], barriers[3], barriers[4], barriers[5],
+    )  # fmt: skip
+    total, heads, group = shape[0] * shape[1], shape[3], shape[4]
+    KEY_BYTES: gl.constexpr = key_tiles.block_type.nbytes
+    VALUE_BYTES: gl.constexpr = value_tiles.block_type.nbytes
+    step = 0
+    turn = 0
+    index = gl.program_id(0)
+    values_batch, values_head, values_start = 0, 0, 0
+    while index < total:
+        tile, row = place(index, shape)
+        first, count = blocks_of(entry_of(tile, row, shape, table), KEYS)
+        batch = row // heads
+        key_head = row % heads // group
+        slot = turn & 1
+        for half in gl.static_range(2):
+            mbarrier.wait(queries_out.index(2 * slot + half), ((turn >> 1) & 1) ^ 1)
+            ready = queries_in.index(2 * slot + half)
+            mbarrier.expect(ready, query_tiles.block_type.nbytes)
+            _load(
+                query_tiles, [batch, row % heads, tile * (2 * HALF) + half * HALF, 0], ready,
+                query_buffer.index(2 * slot + half),
+            )  # fmt: skip
+        for back in range(count):
+            stage = step % STAGES
+            ready = step_in.index(stage)
+            mbarrier.wait(step_out.index(stage), ((step // STAGES) & 1) ^ 1)
+            if step == 0:
+                mbarrier.expect(ready, KEY_BYTES)
+            else:
+                mbarrier.expect(ready, KEY_BYTES + VALUE_BYTES)
+                _load(
+                    value_tiles, [values_batch, values_head, values_start, 0], ready,
+                    value_buffer.index(stage),
+                )  # fmt: skip
+            start = (first + count - 1 - back) * KEYS
+            _load(key_tiles, [batch, key_head, start, 0], ready, key_buffer.index(stage))
+            values_batch, values_head, values_start = batch, key_head, start
+            step += 1
+        index = gl.num_programs(0) + gl.atomic_add(counter, 1)
+        mbarrier.wait(index_out.index(slot), ((turn >> 1) & 1) ^ 1)
+        index_buffer.index(slot).store(
+            gl.full([1], index, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+        )
+        mbarrier.arrive(index_in.index(slot), count=1)
+        turn += 1
+    stage = step % STAGES
+    ready = step_in.index(stage)
+    mbarrier.wait(step_out.index(stage), ((step // STAGES) & 1) ^ 1)
+    mbarrier.expect(ready, VALUE_BYTES)
+    _load(
+        value_tiles, [values_batch, values_head, values_start, 0], ready, value_buffer.index(stage)
+    )
+
+
+@gluon.jit
+def hide(score, start, end, begin, keys, KEYS: gl.constexpr, LAYOUT: gl.constexpr):
+    """The scores of a block that starts at key `begin`, 0 (weight 0) where the key is hidden."""
+    key = begin + gl.arange(0, KEYS, gl.SliceLayout(0, LAYOUT))
+    visible = (key[None, :] >= start[:, None]) & (key[None, :] < end[:, None])
+    if keys is not None:
+        shown = gl.load(keys + key, mask=key < gl.max(end, 0), other=0) != 0
+        visible = visible & shown[None, :]
+    return gl.where(visible, score, 0.0)
+
+
+@gluon.jit
+def consumer(
+    half: gl.constexpr, out_tiles, buffers, barriers, tables, terms, log_normalizer, shape,
+    HALF: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, POWER: gl.constexpr,
+    FOLDED: gl.constexpr, LIFT: gl.constexpr,
+):  # fmt: skip
+    query_buffer, key_buffer, value_buffer, index_buffer = (
+        buffers[0], buffers[1], buffers[2], buffers[3],
+    )  # fmt: skip
+    queries_in, queries_out, step_in, step_out, index_in, index_out = (
+        barriers[0], barriers[1], barriers[2], barriers[3], barriers[4], barriers[5],
+    )  # fmt: skip
+    table, bounds = tables[0], tables[1]
+    scale, gain, sinks, sinks_batch, sinks_head, sinks_query, keys, keys_batch = (
+        terms[0], terms[1], terms[2], terms[3], terms[4], terms[5], terms[6], terms[7],
+    )  # fmt: skip
+    tiles, rows, heads, patterns, num_queries = shape[0], shape[1], shape[3], shape[5], shape[6]
+    total_tiles = tiles * rows
+    SIZE: gl.constexpr = query_buffer.shape[4]
+    VALUE_SIZE: gl.constexpr = value_buffer.shape[4]
+    DTYPE: gl.constexpr = query_buffer.dtype
+    SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE_SIZE, 16])
+    WEIGHT: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
+    no_score = gl.zeros([HALF, KEYS], gl.float32, SCORE)
+    step = 0
+    turn = 0
+    index = gl.program_id(0)
+    tile, row = place(index, shape)
+    mbarrier.wait(queries_in.index(half), 0)
+    mbarrier.wait(step_in.index(0), 0)
+    score = warpgroup_mma(
+        query_buffer.index(half).reshape([HALF, SIZE]),
+        key_buffer.index(0).reshape([KEYS, SIZE]).permute((1, 0)),
+        no_score, use_acc=False, is_async=True,
+    )  # fmt: skip
+    score = warpgroup_mma_wait(0, deps=[score])
+    while index < total_tiles:
+        slot = turn & 1
+        batch = row // heads
+        entry = entry_of(tile, row, shape, table)
+        first, count = blocks_of(entry, KEYS)
+        inner_start = gl.load(entry + 2 + 2 * half)
+        inner_end = gl.load(entry + 3 + 2 * half)
+        query = tile * (2 * HALF) + half * HALF + gl.arange(0, HALF, ROW)
+        pattern = gl.minimum(batch, patterns - 1)
+        start = gl.load(bounds + pattern * (tiles * 2 * HALF) + query)
+        end = gl.load(bounds + (patterns + pattern) * (tiles * 2 * HALF) + query)
+        factor = scale
+        if gain is not None:
+            factor = factor * gl.load(gain + row % heads)
+        inverse = 1.0
+        if FOLDED:
+            inverse = 1.0 / (factor * factor)
+            if POWER == 2:
+                inverse = inverse * inverse
+        row_keys = keys
+        if keys is not None:
+            row_keys = keys + batch.to(gl.int64) * keys_batch
+
+        begin = (first + count - 1) * KEYS
+        score = hide(score, start, end, begin, row_keys, KEYS, SCORE)
+        weight = as_multiplied(weights_of(score, factor, inverse, POWER, FOLDED), DTYPE, LIFT)
+        total = lane_sums(weight, HALF, KEYS)
+        # The output of the tile before has long been read.
+        tma.store_wait(0)
+        mbarrier.arrive(queries_out.index(2 * (slot ^ 1) + half), count=1, pred=turn > 0)
+        mbarrier.arrive(step_out.index(step % STAGES), count=1)
+        step += 1
+        operand = gl.convert_layout((weight * LIFT).to(DTYPE), WEIGHT)
+        queries = query_buffer.index(2 * slot + half).reshape([HALF, SIZE])
+        out = gl.zeros([HALF, VALUE_SIZE], gl.float32, OUT)
+        mbarrier.wait(step_in.index(step % STAGES), (step // STAGES) & 1)
+        for back in range(1, count):
+            stage = step % STAGES
+            score = warpgroup_mma(
+                queries, key_buffer.index(stage).reshape([KEYS, SIZE]).permute((1, 0)),
+                no_score, use_acc=False, is_async=True,
+            )  # fmt: skip
+            out = warpgroup_mma(
+                operand, value_buffer.index(stage).reshape([KEYS, VALUE_SIZE]), out, is_async=True
+            )
+            score = warpgroup_mma_wait(1, deps=[score])
+            begin = (first + count - 1 - back) * KEYS
+            partial = (begin < inner_start) | (begin + KEYS > inner_end)
+            if keys is not None:
+                partial = begin >= 0
+            if partial:
+                score = hide(score, start, end, begin, row_keys, KEYS, SCORE)
+                weight = as_multiplied(
+                    weights_of(score, factor, inverse, POWER, FOLDED), DTYPE, LIFT
+                )
+            else:
+                weight = weights_of(score, factor, inverse, POWER, FOLDED)
+            total += lane_sums(weight, HALF, KEYS)
+            # A wait is a branch, across which the assembler does not move code: without one here the
+            # weights would be computed after the products that they should overlap.
+            mbarrier.wait(step_in.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1)
+            out = warpgroup_mma_wait(0, deps=[out])
+            mbarrier.arrive(step_out.index(stage), count=1)
+            operand = gl.convert_layout((weight * LIFT).to(DTYPE), WEIGHT)
+            step += 1
+
+        # The last values of this tile and the first keys of the next one.
+        mbarrier.wait(index_in.index(slot), (turn >> 1) & 1)
+        index = gl.max(index_buffer.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+        mbarrier.arrive(index_out.index(slot), count=1)
+        turn += 1
+        other = 2 * (turn & 1) + half
+        mbarrier.wait(queries_in.index(other), (turn >> 1) & 1, pred=index < total_tiles)
+        stage = step % STAGES
+        out = warpgroup_mma(
+            operand, value_buffer.index(stage).reshape([KEYS, VALUE_SIZE]), out, is_async=True
+        )
+        score = warpgroup_mma(
+            query_buffer.index(other).reshape([HALF, SIZE]),
+            key_buffer.index(stage).reshape([KEYS, SIZE]).permute((1, 0)),
+            no_score, use_acc=False, is_async=True,
+        )  # fmt: skip
+        out = warpgroup_mma_wait(1, deps=[out])
+        total = gl.convert_layout(gl.sum(total, 1), ROW)
+        # Weights are at most 1, so exp(0) is the level that a sink is compared with.
+        level = total * 0.0
+        if sinks is not None:
+            sink = gl.load(
+                sinks + batch.to(gl.int64) * sinks_batch + (row % heads).to(gl.int64) * sinks_head
+                + query.to(gl.int64) * sinks_query,
+                mask=query < num_queries, other=float("-inf"),
+            ).to(gl.float32)  # fmt: skip
+            level = gl.maximum(sink, 0.0)
+            shrink = gl.exp2(-level * _LOG2_E)
+            total = total * shrink + gl.exp2((sink - level) * _LOG2_E)
+        seen = total >= _TINY
+        total = gl.where(seen, total, 1.0)
+        normalise = gl.where(seen, gl.exp2(-level * _LOG2_E) / total, 0.0) * (1.0 / LIFT)
+        out = out * gl.convert_layout(normalise, gl.SliceLayout(1, OUT))[:, None]
+        gl.store(
+            log_normalizer + row.to(gl.int64) * num_queries + query,
+            gl.where(seen, gl.log2(total) * _LN_2 + level, float("-inf")),
+            mask=query < num_queries,
+        )
+        staging = query_buffer.index(2 * slot + half)
+        staging.reshape([HALF, VALUE_SIZE]).store(out.to(DTYPE))
+        fence_async_shared()
+        _store(out_tiles, [batch, row % heads, tile * (2 * HALF) + half * HALF, 0], staging)
+        tile, row = place(index, shape)
+        score = warpgroup_mma_wait(0, deps=[score])
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["tiles", "rows", "band", "heads", "group", "patterns", "num_queries"])
+def forward_kernel(
+    query_tiles, key_tiles, value_tiles, out_tiles, log_normalizer,
+    table, bounds, counter,
+    gain, sinks, keys,
+    scale, sinks_batch, sinks_head, sinks_query, keys_batch,
+    tiles, rows, band, heads, group, patterns, num_queries,
+    HALF: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, POWER: gl.constexpr,
+    FOLDED: gl.constexpr, LIFT: gl.constexpr,
+):  # fmt: skip
+    DTYPE: gl.constexpr = query_tiles.dtype
+    BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    query_buffer = gl.allocate_shared_memory(
+        DTYPE, [4, 1, 1, HALF, query_tiles.block_shape[3]], query_tiles.layout
+    )
+    key_buffer = gl.allocate_shared_memory(
+        DTYPE, [STAGES, 1, 1, KEYS, key_tiles.block_shape[3]], key_tiles.layout
+    )
+    value_buffer = gl.allocate_shared_memory(
+        DTYPE, [STAGES, 1, 1, KEYS, value_tiles.block_shape[3]], value_tiles.layout
+    )
+    index_buffer = gl.allocate_shared_memory(
+        gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    queries_in = gl.allocate_shared_memory(gl.int64, [4, 1], BAR)
+    queries_out = gl.allocate_shared_memory(gl.int64, [4, 1], BAR)
+    step_in = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    step_out = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    index_in = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    index_out = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    for i in gl.static_range(4):
+        mbarrier.init(queries_in.index(i), count=1)
+        mbarrier.init(queries_out.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(step_in.index(i), count=1)
+        mbarrier.init(step_out.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(index_in.index(i), count=1)
+        mbarrier.init(index_out.index(i), count=2)
+    fence_async_shared()
+    descriptors = (query_tiles, key_tiles, value_tiles)
+    buffers = (query_buffer, key_buffer, value_buffer, index_buffer)
+    barriers = (queries_in, queries_out, step_in, step_out, index_in, index_out)
+    terms = (scale, gain, sinks, sinks_batch, sinks_head, sinks_query, keys, keys_batch)
+    shape = (tiles, rows, band, heads, group, patterns, num_queries)
+    tables = (table, bounds)
+    gl.warp_specialize(
+        [
+            (consumer, (0, out_tiles, buffers, barriers, tables, terms, log_normalizer, shape,
+                        HALF, KEYS, STAGES, POWER, FOLDED, LIFT)),
+            (consumer, (1, out_tiles, buffers, barriers, tables, terms, log_normalizer, shape,
+                        HALF, KEYS, STAGES, POWER, FOLDED, LIFT)),
+            (producer, (descriptors, buffers, barriers, table, counter, shape, HALF, KEYS, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """`ops.hopper.forward`.
+
+    Returns:
+        out: (B, H, Q, E) in the dtype of the query, contiguous.
+        log_normalizer: (B, H, Q), float32, −inf for a row that sees nothing.
+    """
+    batch, heads, num_queries, size = problem.query.shape
+    num_keys, value_size = problem.value.shape[2:]
+    device = problem.query.device
+    out = problem.query.new_empty(batch, heads, num_queries, value_size)
+    log_normalizer = out.new_empty(batch, heads, num_queries, dtype=torch.float32)
+    tables = plan(problem)
+    ranges = problem.ranges
+    keys = (
+        None
+        if ranges is None or ranges.keys is None
+        else ranges.keys.contiguous().view(torch.uint8)
+    )
+    gain, sinks = problem.gain, problem.sinks
+    half_precision = problem.query.dtype == torch.float16
+    # Extreme factors would overflow their square, and a learned one may become extreme.
+    folded = gain is None and 1e-4 <= abs(problem.scale) <= 1e4
+    pair_bytes = num_keys * (size + value_size) * problem.key.element_size()
+    band = max(1, _BAND_BYTES // pair_bytes) * problem.group
+    programs = min(_multiprocessors(device), tables.count * batch * heads)
+    forward_kernel[(programs,)](
+        _tiles(problem.query, _HALF),
+        _tiles(problem.key, _KEYS),
+        _tiles(problem.value, _KEYS),
+        _tiles(out, _HALF),
+        log_normalizer,
+        tables.tiles,
+        tables.rows,
+        tables.counter,
+        None if gain is None else gain.float().contiguous(),
+        sinks,
+        keys,
+        float(problem.scale),
+        *(_stride(sinks, dimension) for dimension in range(3)),
+        _stride(keys, 0),
+        tables.count,
+        batch * heads,
+        band,
+        heads,
+        problem.group,
+        tables.patterns,
+        num_queries,
+        HALF=_HALF,
+        KEYS=_KEYS,
+        STAGES=2 if size == 128 else 4,
+        POWER=int(problem.response.power),
+        FOLDED=folded,
+        # Keeps small weights out of the subnormal range of float16.
+        LIFT=2.0**14 if half_precision else 1.0,
+        num_warps=4,
+    )
+    return out, log_normalizer
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _stride(tensor: Tensor | None, dimension: int) -> int:
+    """The stride in elements, 0 where the dimension broadcasts."""
+    if tensor is None or tensor.shape[dimension] == 1:
+        return 0
+    return tensor.stride(dimension)
+
+
+def _tiles(tensor: Tensor, rows: int) -> TensorDescriptor:
+    """Descriptor of tiles of a (B, heads, length, size) tensor; what it cannot express is copied."""
+    unit = 16 // tensor.element_size()
+    if (
+        tensor.stride(-1) != 1
+        or tensor.data_ptr() % 16
+        or any(
+            size > 1 and (stride % unit or stride == 0)
+            for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+        )
+    ):
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    strides = [
+        stride if size > 1 else unit
+        for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    ]
+    block = [1, 1, rows, tensor.shape[-1]]
+    dtype = gl.float16 if tensor.dtype == torch.float16 else gl.bfloat16
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block, layout)

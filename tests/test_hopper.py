@@ -1,0 +1,289 @@
+"""The Hopper kernels: against the float64 reference on such a GPU, compiled for one everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from test_triton import DEVICE, GPU, Case, differentiable, plain
+from tolerances import assert_within_budget, largest_error
+from torch import Tensor
+
+from hf_expressive.ops import hopper, reference
+from hf_expressive.ops.functional import choose
+from hf_expressive.ops.problem import AttentionProblem, KeyRanges
+from hf_expressive.ops.response import Response
+
+HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
+SQUARED = Response("hill", power=2.0)
+
+
+def ranges(
+    batch: int, queries: int, keys: int, start: Any, end: Any, shown: Any = None
+) -> KeyRanges:
+    """Ranges from functions of (sequence, query), both column vectors, and of (sequence, key)."""
+    sequence = torch.arange(batch, device=DEVICE)[:, None]
+    query = torch.arange(queries, device=DEVICE)[None]
+    key = torch.arange(keys, device=DEVICE)[None]
+    zero = torch.zeros(batch, queries, dtype=torch.int32, device=DEVICE)
+    return KeyRanges(
+        (start(sequence, query) + zero).int(),
+        (end(sequence, query) + zero).int(),
+        None if shown is None else shown(sequence, key) & (zero[:, :1] == 0),
+    )
+
+
+def lengths_of(*lengths: int) -> tuple[Tensor, Tensor]:
+    """First position of each token's sequence and one past the last, of a packed row."""
+    ends = torch.tensor(lengths).cumsum(0)
+    start = torch.cat([torch.full((n,), int(e) - n) for n, e in zip(lengths, ends, strict=True)])
+    end = torch.cat([torch.full((n,), int(e)) for n, e in zip(lengths, ends, strict=True)])
+    return start.to(DEVICE), end.to(DEVICE)
+
+
+FULL = (2, 4, 2, 300, 300)
+PACKED = lengths_of(70, 1, 129, 100)
+CASES = {
+    "plain": (FULL, {}),
+    "causal": (FULL, {"is_causal": True}),
+    "one head, many tiles": ((1, 1, 1, 5000, 5000), {"is_causal": True}),
+    "more heads than programs": ((3, 60, 4, 200, 200), {"is_causal": True}),
+    "fewer queries than keys": ((1, 4, 4, 131, 777), {"is_causal": True}),
+    "more queries than keys: empty rows": ((1, 2, 1, 400, 150), {"is_causal": True}),
+    "one key": ((2, 2, 2, 100, 1), {}),
+    "window": (FULL, {"is_causal": True, "sliding_window": 37}),
+    "window of one": (FULL, {"is_causal": True, "sliding_window": 1}),
+    "window both ways": (FULL, {"sliding_window": 90}),
+    "power 2": (FULL, {"is_causal": True, "response": SQUARED}),
+    "power 2, gain": (FULL, {"response": SQUARED, "gain": torch.tensor([0.3, 1.0, -2.0, 5.0])}),
+    "gain": (FULL, {"is_causal": True, "gain": torch.tensor([0.1, 1.0, -3.0, 0.0])}),
+    "sinks": (FULL, {"is_causal": True, "sinks": torch.tensor([-2.0, 0.0, 3.0, 90.0])}),
+    "small scale": (FULL, {"scale": 1e-3}),
+    "tiny scale": (FULL, {"scale": 1e-7}),
+    "large scale": (FULL, {"scale": 1e6, "is_causal": True}),
+    "left padding": (
+        FULL,
+        {"ranges": ranges(2, 300, 300, lambda b, q: 170 * b, lambda b, q: q + 1)},
+    ),
+    "right padding, bidirectional": (
+        FULL,
+        {"ranges": ranges(2, 300, 300, lambda b, q: 0 * b, lambda b, q: 300 - 111 * b)},
+    ),
+    "packed": (
+        (1, 4, 2, 300, 300),
+        {"ranges": ranges(1, 300, 300, lambda b, q: PACKED[0][q], lambda b, q: q + 1)},
+    ),
+    "packed, bidirectional, one pattern for both": (
+        FULL,
+        {"ranges": ranges(1, 300, 300, lambda b, q: PACKED[0][q], lambda b, q: PACKED[1][q])},
+    ),
+    "rows that see nothing": (
+        FULL,
+        {"ranges": ranges(2, 300, 300, lambda b, q: q, lambda b, q: q + (q % 3) * 20 * (1 - b))},
+    ),
+    "hidden keys": (
+        FULL,
+        {
+            "ranges": ranges(
+                2,
+                300,
+                300,
+                lambda b, q: 0 * q,
+                lambda b, q: q + 1,
+                lambda b, k: (k + b) % 5 > 1,
+            )
+        },
+    ),
+    "causal and ranges": (
+        FULL,
+        {
+            "is_causal": True,
+            "sliding_window": 64,
+            "ranges": ranges(2, 300, 300, lambda b, q: 20 * b + 0 * q, lambda b, q: 290 + 0 * q),
+        },
+    ),
+}
+
+
+def problem_of(
+    name: str, size: int, dtype: torch.dtype = torch.bfloat16, magnitude: float = 1.0
+) -> AttentionProblem:
+    sizes, options = CASES[name]
+    options = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in options.items()}
+    if "sinks" in options:
+        options["sinks"] = options["sinks"].view(1, -1, 1)
+    return Case(name, (*sizes, size, size), dtype, magnitude, options).problem()
+
+
+def check(problem: AttentionProblem) -> None:
+    """Output and log normaliser within the budget."""
+    assert hopper.unsupported(problem) is None
+    expected, expected_log, _ = reference.attention(differentiable(problem, torch.float64))
+    expected, expected_log = expected.detach(), expected_log.detach()
+    out, log_normalizer = hopper.forward(problem)
+    assert_within_budget(out, expected, plain(problem), "out")
+    seen = expected_log.isfinite()
+    assert torch.equal(log_normalizer.isfinite(), seen)
+    assert bool((log_normalizer[~seen] == -torch.inf).all())
+    if bool(seen.any()):
+        assert largest_error(log_normalizer[seen], expected_log[seen]) < 1e-3
+
+
+@needs_hopper
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("name", CASES)
+def test_matches_the_reference(name: str, size: int) -> None:
+    check(problem_of(name, size))
+
+
+@needs_hopper
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("magnitude", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("name", ["causal", "power 2", "small scale"])
+def test_matches_the_reference_in_float16(name: str, magnitude: float) -> None:
+    check(problem_of(name, 64, torch.float16, magnitude))
+
+
+@needs_hopper
+def test_scores_are_clamped_or_loudly_wrong() -> None:
+    large = problem_of("causal", 64, magnitude=1e8)
+    check(large)
+    check(problem_of("power 2", 64, magnitude=1e8))
+    beyond = dataclasses.replace(large, query=large.query * 1e12, key=large.key * 1e12)
+    assert bool(hopper.forward(beyond)[0].isnan().any())
+    squared = dataclasses.replace(beyond, response=SQUARED)
+    assert bool(hopper.forward(squared)[0].isfinite().all())
+
+
+@needs_hopper
+def test_strides_are_free() -> None:
+    problem = problem_of("causal", 64)
+    strided = dataclasses.replace(
+        problem,
+        query=problem.query.transpose(1, 2).contiguous().transpose(1, 2),
+        key=problem.key.mT.contiguous().mT,
+        value=problem.value[:, :1].expand(-1, 2, -1, -1),
+    )
+    packed = dataclasses.replace(strided, value=strided.value.contiguous())
+    assert torch.equal(hopper.forward(strided)[0], hopper.forward(packed)[0])
+
+
+@needs_hopper
+def test_results_repeat_bit_for_bit() -> None:
+    problem = problem_of("more heads than programs", 128)
+    first = hopper.forward(problem)
+    for _ in range(20):
+        assert all(map(torch.equal, hopper.forward(problem), first))
+
+
+@needs_hopper
+def test_a_captured_graph_follows_its_inputs() -> None:
+    problem = problem_of("left padding", 128)
+    hopper.forward(problem)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = hopper.forward(problem)
+    problem.query.normal_()
+    graph.replay()
+    graph.replay()
+    assert torch.equal(out, hopper.forward(problem)[0])
+
+
+@needs_hopper
+def test_auto_takes_these_kernels_where_they_serve() -> None:
+    problem = problem_of("causal", 64)
+    assert choose(problem, "auto") == "hopper"
+    assert choose(dataclasses.replace(problem, softcap=30.0), "auto") == "triton"
+    assert choose(dataclasses.replace(problem, query=problem.query[:, :, :1]), "auto") == "triton"
+
+
+@needs_hopper
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dropout": 0.1},
+        {"softcap": 30.0},
+        {"response": Response("hill", power=3.0)},
+        {"response": Response("square")},
+        {"bias": torch.zeros(1)},
+        {"mask": torch.ones(1)},
+        {"key_bias": torch.zeros(1)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_is_not_covered_is_refused_by_name(change: dict[str, Any]) -> None:
+    problem = dataclasses.replace(problem_of("plain", 64), **change)
+    with pytest.raises(NotImplementedError, match="impl='hopper' does not cover this call"):
+        choose(problem, "hopper")
+
+
+@pytest.mark.skipif(HOPPER, reason="this machine has a Hopper GPU")
+def test_other_devices_are_refused_by_name() -> None:
+    problem = problem_of("plain", 64)
+    with pytest.raises(NotImplementedError, match="Hopper kernels"):
+        choose(problem, "hopper")
+    assert choose(problem, "auto") == ("triton" if GPU else "blockwise")
+
+
+_COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compile
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from hf_expressive.ops.hopper.tiled_forward import forward_kernel as kernel
+
+def tiles(rows):
+    block = [1, 1, rows, {size}]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+    return f"tensordesc<bf16{{block}},{{layout!r}}>".replace(", ", ",", 3)
+
+constants = dict(HALF=64, KEYS=128, STAGES=2, POWER={power}, FOLDED={folded}, LIFT=1.0, {absent})
+types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
+types |= dict(query_tiles=tiles(64), out_tiles=tiles(64), key_tiles=tiles(128), value_tiles=tiles(128))
+types |= dict(log_normalizer="*fp32", table="*i32", bounds="*i32", counter="*i32", scale="fp32")
+types |= {{name: kind for name, kind in dict(gain="*fp32", sinks="*fp32", keys="*u8").items()
+           if name not in constants}}
+places = {{(kernel.arg_names.index(name),): value for name, value in constants.items()}}
+compiled = compile(GluonASTSource(kernel, types, places), target=GPUTarget("cuda", 90, 32),
+                   options=dict(num_warps=4))
+assembly = compiled.asm["ptx"]
+assert "wgmma.mma_async" in assembly and "setmaxnreg" in assembly and "cp.async.bulk" in assembly
+assert compiled.metadata.shared <= 227 * 1024
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "power", "folded", "absent"),
+    [(128, 1, True, "gain=None, sinks=None, keys=None"), (64, 2, False, "")],
+)
+def test_kernel_compiles_without_a_gpu(size: int, power: int, folded: bool, absent: str) -> None:
+    script = _COMPILE.format(size=size, power=power, folded=folded, absent=absent)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@needs_hopper
+@pytest.mark.parametrize("name", ["causal", "power 2, gain", "sinks", "packed"])
+def test_gradients_follow_from_this_output(name: str) -> None:
+    problem = problem_of(name, 128)
+    exact, rough = (differentiable(problem, dtype) for dtype in (torch.float64, torch.bfloat16))
+    grad_out = torch.randn_like(problem.query)
+    reference.attention(exact)[0].backward(grad_out.double())
+    plain(rough).backward(grad_out)
+    found = hopper.backward(
+        problem, *hopper.forward(problem), grad_out, need_key_bias=False, need_bias=False
+    )
+    for name, gradient in zip(("query", "key", "value"), found, strict=False):
+        wanted, near = getattr(exact, name).grad, getattr(rough, name).grad
+        assert_within_budget(gradient, wanted, near, f"gradient of {name}")
