@@ -1,9 +1,14 @@
 """Which modules of a model are attention modules, read off their code, never off a list of names.
 
 A module *asks the registry* if its `forward` looks `ALL_ATTENTION_FUNCTIONS` up. A module is *foreign*
-if it is called attention, computes a softmax and a product itself and does not ask the registry: a
-mechanism could not reach it. (A softmax without a product is no comparison of queries with keys;
-deformable attention normalises learned sampling weights that way.)
+if it compares queries with keys and normalises by a softmax of its own without asking: a mechanism
+could not reach it. It is called attention and computes a softmax and a product, or it is torch's
+`MultiheadAttention`. (A softmax without a product compares nothing; deformable attention normalises
+learned sampling weights that way.)
+
+A foreign module that *pools*, that is weighs its inputs by one learned query or by a linear score,
+compares no token with another. No choice of an attention implementation is meant for it (SigLIP's
+and AIMv2's heads, residuals over depth): it stays what it is, and `explain` lists it.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from __future__ import annotations
 import dis
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +31,10 @@ from transformers import PreTrainedModel
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 _WHOLE_ATTENTION = {"scaled_dot_product_attention", "eager_attention_forward"}
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "@"}
+#: Instructions that name a global, a free variable, an attribute or a method.
+_NAMING = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_ATTR", "LOAD_METHOD"}
+#: The word for a query in the name of a projection: q_proj, query, qkv, linear_q, query_key_value, …
+_QUERY = re.compile(r"(^|_)w?(q|qkv|query|queries)(_|$)", re.IGNORECASE)
 
 
 @cache
@@ -36,12 +46,8 @@ def _looks_up(cls: Any) -> bool:
 
 
 @cache
-def _has_own_softmax(cls: Any) -> bool:
-    if asks_registry(cls) or not re.search(r"Attention|Attn", cls.__name__):
-        return False
-    names = set().union(*(_names(cls, name) for name, _ in inspect.getmembers(cls, callable)))
-    by_hand = "softmax" in names and not names.isdisjoint(_PRODUCTS)
-    return by_hand or not names.isdisjoint(_WHOLE_ATTENTION)
+def _names_of_class(cls: Any) -> Counter[str]:
+    return sum((_names(cls, name) for name, _ in inspect.getmembers(cls, callable)), Counter())
 
 
 def asks_registry(cls: type[nn.Module]) -> bool:
@@ -52,23 +58,46 @@ def asks_registry(cls: type[nn.Module]) -> bool:
 
 def computes_own_attention(cls: type[nn.Module]) -> bool:
     """Whether a module class is attention by name and computes its softmax without the registry."""
+    if issubclass(cls, nn.MultiheadAttention):
+        return True
+    if asks_registry(cls) or not re.search(r"Attention|Attn", cls.__name__):
+        return False
     key: Any = cls
-    return _has_own_softmax(key)
+    names = _names_of_class(key)
+    by_hand = "softmax" in names and not _PRODUCTS.isdisjoint(names)
+    return by_hand or not _WHOLE_ATTENTION.isdisjoint(names)
 
 
-def _names(cls: type[nn.Module], method: str) -> set[str]:
-    """Names in the code of a method (and `@` where it is used), decorators removed."""
+def _pools(module: nn.Module, parent: nn.Module) -> bool:
+    """Whether a module with a softmax of its own weighs its inputs by a learned query or score."""
+    if isinstance(module, nn.MultiheadAttention):
+        return bool(parent._parameters)
+    if any(_QUERY.search(name) for name, _ in module.named_children()):
+        return False
+    key: Any = type(module)
+    names = _names_of_class(key)
+    if not _WHOLE_ATTENTION.isdisjoint(names):
+        return bool(module._parameters)
+    # The only product applies the weights: the scores come from elsewhere.
+    return sum(names[product] for product in _PRODUCTS) == 1
+
+
+def _names(cls: type[nn.Module], method: str) -> Counter[str]:
+    """Names in the code of a method (and `@`) with the number of uses, decorators removed."""
     function = inspect.unwrap(getattr(cls, method))
     defined_by_torch = (getattr(function, "__module__", None) or "").startswith("torch.")
     code = getattr(function, "__code__", None)
     if defined_by_torch or not isinstance(code, CodeType):
-        return set()
-    found: set[str] = set()
+        return Counter()
+    found: Counter[str] = Counter()
     pending = [code]
     while pending:
         current = pending.pop()
-        found.update(current.co_names, current.co_freevars)
-        found.update(step.argrepr for step in dis.get_instructions(current) if step.argrepr == "@")
+        for step in dis.get_instructions(current):
+            if step.argrepr == "@":
+                found["@"] += 1
+            elif step.opname in _NAMING:
+                found[step.argval] += 1
         pending.extend(const for const in current.co_consts if isinstance(const, CodeType))
     return found
 
@@ -104,13 +133,22 @@ def attention_modules(model: PreTrainedModel) -> list[AttentionModule]:
 
 
 def foreign_modules(model: PreTrainedModel) -> list[AttentionModule]:
-    """The modules of a model that compute a softmax attention of their own."""
-    return [
-        AttentionModule(name, module, owner, 0)
-        for name, module, owner, _ in _walk(model)
-        if computes_own_attention(type(module))
-        and not any(asks_registry(type(child)) for child in module.modules())
-    ]
+    """The modules of a model that compare queries with keys by a softmax of their own."""
+    return [found for found, pools in _own_softmax(model) if not pools]
+
+
+def pooling_modules(model: PreTrainedModel) -> list[AttentionModule]:
+    """The modules of a model that weigh their inputs by a softmax over a learned query or score."""
+    return [found for found, pools in _own_softmax(model) if pools]
+
+
+def _own_softmax(model: PreTrainedModel) -> Iterator[tuple[AttentionModule, bool]]:
+    """Modules with a softmax attention of their own, and whether they merely pool."""
+    for name, module, owner, _ in _walk(model):
+        asks_within = any(asks_registry(type(child)) for child in module.modules())
+        if computes_own_attention(type(module)) and not asks_within:
+            parent = model.get_submodule(name.rpartition(".")[0])
+            yield AttentionModule(name, module, owner, 0), _pools(module, parent)
 
 
 def _walk(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, PreTrainedModel, str]]:
@@ -147,25 +185,51 @@ _HEAD_COUNTS = (
     "attention_heads",
     "nheads",
 )
-_HEAD_DIMS = ("head_dim", "qk_head_dim", "attention_head_size", "key_value_proj_dim", "d_kv")
+_HEAD_DIMS = (
+    "head_dim",
+    "qk_head_dim",
+    "attention_head_size",
+    "head_size",
+    "key_value_proj_dim",
+    "d_kv",
+)
 
 
 def num_heads(module: nn.Module) -> int | None:
-    """Query heads of an attention module: its own attribute, else its config's; `None` if unknown."""
-    return _first_integer(module, _HEAD_COUNTS)
+    """Query heads of an attention module, `None` if unknown.
+
+    Its own attribute, else its config's, else what its query projection and size of a head imply.
+    """
+    heads = _first_integer(module, _HEAD_COUNTS)
+    dim, rows = _first_integer(module, _HEAD_DIMS), _query_rows(module)
+    return rows // dim if heads is None and dim and rows else heads
 
 
 def num_key_value_heads(module: nn.Module) -> int | None:
     """Key/value heads of an attention module, `None` if unknown; its query heads without grouping."""
-    if (value := _first_integer(module, ("num_key_value_heads",))) is not None:
-        return value
-    heads, group = num_heads(module), getattr(module, "num_key_value_groups", 1)
-    return heads // group if heads is not None and isinstance(group, int) else None
+    heads, group = num_heads(module), getattr(module, "num_key_value_groups", None)
+    if heads is not None and isinstance(group, int | float) and group >= 1:
+        return heads // int(group)
+    given = _first_integer(module, ("num_key_value_heads",))
+    return heads if given is None else given
 
 
 def head_dim(module: nn.Module) -> int | None:
-    """Size of a head's queries and keys, `None` if unknown."""
-    return _first_integer(module, _HEAD_DIMS)
+    """Size of a head's queries and keys, `None` if unknown; found as `num_heads` is."""
+    dim = _first_integer(module, _HEAD_DIMS)
+    heads, rows = _first_integer(module, _HEAD_COUNTS), _query_rows(module)
+    return rows // heads if dim is None and heads and rows else dim
+
+
+def _query_rows(module: nn.Module) -> int | None:
+    """Features of all query heads together, read off a query or a query-key-value projection."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            if re.fullmatch(r"q_proj|query|linear_q", name):
+                return child.out_features
+            if name == "qkv":
+                return child.out_features // 3
+    return None
 
 
 def _first_integer(module: nn.Module, names: tuple[str, ...]) -> int | None:

@@ -9,7 +9,14 @@ from transformers import PreTrainedModel
 
 from .attention.base import Mechanism
 from .config import SECTION
-from .discovery import attention_modules, head_dim, num_heads, num_key_value_heads
+from .discovery import (
+    attention_modules,
+    foreign_modules,
+    head_dim,
+    num_heads,
+    num_key_value_heads,
+    pooling_modules,
+)
 from .ops.functional import choose
 from .ops.problem import AttentionProblem
 from .ops.response import Response
@@ -23,7 +30,8 @@ class LayerExplanation:
 
     Attributes:
         name: path within the model.
-        mechanism: mechanism, or the stock implementation's name.
+        mechanism: mechanism, or the stock implementation's name, or `"its own"` where a module never
+            asks for an implementation.
         softmax: `"all heads"`, the number of heads, or `"none"`: what stays softmax attention.
         parameters: number of learned parameters of the mechanism.
         implementation: what `impl="auto"` runs on the module's device for an ordinary call.
@@ -83,6 +91,8 @@ def explain(model: PreTrainedModel) -> Explanation:
                 _implementation(found.module, model),
             )
         )
+    for found in [*foreign_modules(model), *pooling_modules(model)]:
+        layers.append(LayerExplanation(found.name, "its own", "all heads", 0, "Transformers"))
     mechanism = implementation(model)
     section = getattr(model.config, SECTION)
     title = f"{type(model).__name__}: {mechanism}"

@@ -10,6 +10,10 @@
   work before anything changes.
 * `PreTrainedModel.from_pretrained` and `_from_config` look at the finished model; the second takes the
   keyword `hf_expressive` (the first does already, through the config).
+* `masking_utils._preprocess_mask_arguments` hands positions to the mask function where it would hide
+  the pattern behind them (see `masking.mark_positions`).
+* `ContinuousBatchingManager.switch_to_cb_friendly_attn` leaves a mechanism alone, where Transformers
+  refuses every name but its own and swaps others for flash attention.
 * `PreTrainedModel.save_pretrained` writes beside the target and renames; `push_to_hub` publishes with
   a model card (see `hub`).
 * `_get_resolved_checkpoint_files` tells which files the loader is about to read (see `checkpoint`).
@@ -39,8 +43,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, masking_utils, modeling_utils
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 from transformers.models.auto import auto_factory
 
 from . import hub, patcher
@@ -52,6 +59,7 @@ from .discovery import (
     attention_modules,
     computes_own_attention,
 )
+from .masking import mark_positions
 from .registry import MECHANISMS, options_of
 
 _INSTALLED = "_hf_expressive_installed"
@@ -77,6 +85,8 @@ def install() -> None:
     _wrap(modeling_utils, "_get_resolved_checkpoint_files", _get_resolved_checkpoint_files)
     _wrap(PreTrainedModel, "from_pretrained", _from_pretrained)
     _wrap(PreTrainedModel, "_from_config", _from_config)
+    _wrap(masking_utils, "_preprocess_mask_arguments", _preprocess_mask_arguments)
+    _wrap(ContinuousBatchingManager, "switch_to_cb_friendly_attn", _switch_to_cb_friendly_attn)
     setattr(PreTrainedModel, _INSTALLED, True)
 
 
@@ -130,8 +140,9 @@ def _keep_flag(original: Callable[..., None], config: PreTrainedConfig, d: dict[
         uses_mechanism = bool(names & set(MECHANISMS))
         if uses_mechanism:
             d["attn_implementation"] = tree[""] if len(names) == 1 else tree
-            if tree[""] in MECHANISMS:
-                d.setdefault(SECTION, options_of(config, tree[""]).to_dict())
+            # Models ask for their config as a dict within `torch.compile`, too, which cannot follow this.
+            if tree[""] in MECHANISMS and SECTION not in d:
+                d[SECTION] = options_of(config, tree[""]).to_dict()
         else:
             # Switched off: the options must not select the mechanism again at the next load.
             d.pop(SECTION, None)
@@ -244,9 +255,10 @@ def _refuse_class(cls: type[PreTrainedModel], name: str) -> None:
         return
     own = [value.__name__ for value in classes if computes_own_attention(value)]
     if own:
-        raise ValueError(
+        raise patcher.ForeignAttentionError(
             f'{cls.__name__} cannot run attn_implementation="{name}": {own[0]} computes its softmax '
-            "itself and never asks Transformers' attention registry."
+            "itself and never asks Transformers' attention registry.",
+            name,
         )
 
 
@@ -280,7 +292,15 @@ def _set_attn_implementation(
 def _from_pretrained(
     original: Callable[..., Any], cls: type[PreTrainedModel], *args: Any, **kwargs: Any
 ) -> Any:
-    with _construction(cls) as outermost:
+    given = kwargs.get("config")
+    with _construction(
+        cls,
+        lambda: (
+            given
+            if isinstance(given, PreTrainedConfig)
+            else cls.config_class.from_pretrained(*args[:1], **kwargs)  # type: ignore[union-attr]
+        ),
+    ) as outermost:
         built = original(cls, *args, **kwargs)
     if outermost:
         model = built[0] if isinstance(built, tuple) else built
@@ -307,7 +327,7 @@ def _from_config(
 ) -> PreTrainedModel:
     if SECTION in kwargs:
         setattr(config, SECTION, kwargs.pop(SECTION))
-    with _construction(cls) as outermost:
+    with _construction(cls, lambda: config) as outermost:
         model = original(cls, config, **kwargs)
     if outermost:
         _look_over(model)
@@ -318,22 +338,33 @@ _constructing: ContextVar[bool] = ContextVar("hf_expressive_constructing", defau
 
 
 @contextlib.contextmanager
-def _construction(cls: type[PreTrainedModel]) -> Iterator[bool]:
+def _construction(
+    cls: type[PreTrainedModel], config: Callable[[], PreTrainedConfig]
+) -> Iterator[bool]:
     """Around a loader: tells whether it is the outermost one, for models build their parts by others.
 
-    Some architectures pick their attention class from a dict of their own: says what that means.
+    What a part refuses is said in terms of the whole model. Some architectures pick their attention
+    class from a dict of their own and fail at the name of a mechanism.
     """
     outermost = not _constructing.get()
     token = _constructing.set(True)
     try:
         yield outermost
-    except KeyError as error:
-        if error.args and error.args[0] in MECHANISMS:
-            raise ValueError(
-                f'{cls.__name__} cannot run attn_implementation="{error.args[0]}": a part of it chooses '
-                "its attention from a list of its own and never asks Transformers' attention registry."
-            ) from error
-        raise
+    except (KeyError, patcher.ForeignAttentionError) as error:
+        name = error.args[0] if isinstance(error, KeyError) and error.args else None
+        if isinstance(error, patcher.ForeignAttentionError):
+            name = error.mechanism
+        if name not in MECHANISMS:
+            raise
+        if outermost:
+            patcher.refuse_architecture(cls, config(), name)
+        if isinstance(error, patcher.ForeignAttentionError):
+            raise
+        raise patcher.ForeignAttentionError(
+            f'{cls.__name__} cannot run attn_implementation="{name}": a part of it chooses its '
+            "attention from a list of its own and never asks Transformers' attention registry.",
+            name,
+        ) from error
     finally:
         _constructing.reset(token)
 
@@ -362,6 +393,49 @@ def _look_over(model: PreTrainedModel) -> None:
             "not be those it was trained for.",
             UserWarning,
             stacklevel=4,
+        )
+
+
+def _preprocess_mask_arguments(
+    original: Callable[..., tuple[Any, ...]],
+    config: PreTrainedConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Any,
+    past_key_values: Any,
+    position_ids: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Any, ...]:
+    early_exit, mask, packed, *sizes = original(
+        config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs
+    )
+    tracing = torch.compiler.is_compiling()
+    if tracing and packed is not None and config._attn_implementation in MECHANISMS:
+        assert position_ids is not None
+        mask, packed = mark_positions(position_ids, inputs_embeds.shape[0]), None
+    return early_exit, mask, packed, *sizes
+
+
+def _switch_to_cb_friendly_attn(
+    original: Callable[..., None],
+    manager: ContinuousBatchingManager,
+    model: PreTrainedModel,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    used = {str(name) for name in _leaves(_implementations(model.config))} & set(MECHANISMS)
+    text = str(model.config.get_text_config()._attn_implementation)
+    if not used:
+        original(manager, model, *args, **kwargs)
+    elif text not in used:
+        raise ValueError(
+            f'continuous batching would switch the whole model, of which "{text}" writes the text and '
+            f"another part runs {sorted(used)}; use generate()."
+        )
+    elif "kwargs" not in inspect.signature(PagedAttentionCache.update).parameters:
+        raise ValueError(
+            f'attn_implementation="{text}" runs with continuous batching from Transformers 5.23 on; '
+            "update it, or use generate()."
         )
 
 

@@ -13,8 +13,8 @@ differs between them.
 Compact: causal, bidirectional, sliding-window, chunked and packed patterns, left and right padding,
 any cache, any combination in which each query sees one contiguous range of keys (and keys may be
 hidden one by one). Dense: everything else, functions that Transformers marks as arbitrary, and, under
-`torch.compile` or export, every pattern but causal and bidirectional, because the others have to be
-looked at to be recognised.
+`torch.compile` or export, every pattern but causal, bidirectional and packed causal, because the
+others have to be looked at to be recognised.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
     eager_mask,
+    find_packed_sequence_indices,
+    packed_sequence_compatibility_function,
     sdpa_mask,
 )
 from transformers.utils.import_utils import is_tracing
@@ -195,6 +197,17 @@ def compact_mask(
     )
     bounds = None
     pattern: Pattern | None = None
+    packed = None
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        # Left by `mark_positions` in place of a padding mask.
+        position_ids, attention_mask = attention_mask - 1, None
+        segments: Any = find_packed_sequence_indices(position_ids)
+        if mask_function is causal_mask_function and not use_vmap:
+            packed = _segment_ranges(segments)
+        else:
+            mask_function = packed_sequence_compatibility_function(
+                mask_function, position_ids, segments
+            )
     if not use_vmap and mask_function is bidirectional_mask_function:
         bounds = _full_bounds(q_length, kv_length, device)
         pattern = "full"
@@ -206,6 +219,10 @@ def compact_mask(
         bounds = _probe_bounds(
             mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, device
         )
+        # Whatever pattern lets everything through (a window that is not reached) is no mask at all;
+        # a model may have asked for it with fewer keys than it hands to attention.
+        if bounds is not None and bool((bounds[0] == 0).all() & (bounds[1] == kv_length).all()):
+            pattern = "full"
     if bounds is None:
         return eager_mask(
             batch_size=batch_size,
@@ -230,7 +247,27 @@ def compact_mask(
         pattern = None
         start, end = _shrink(start, end, keys)
     ranges = KeyRanges(start.to(torch.int32), end.to(torch.int32), keys)
+    if packed is not None:
+        ranges, pattern = intersect(ranges, packed), None
     return CompactMask(ranges, batch_size, kv_length, dtype, pattern)
+
+
+def mark_positions(position_ids: Tensor, batch_size: int) -> Tensor:
+    """Positions in the place of a padding mask, (batch, query) int32 without zeros.
+
+    Under tracing Transformers cannot look whether a row holds several sequences: it assumes so, and
+    wraps the pattern into a function that hides which pattern it was. So the hook on
+    `_preprocess_mask_arguments` takes the assumption back and hands the positions over in this form,
+    which no padding mask has at that point (they are bool).
+    """
+    return position_ids.expand(batch_size, -1).to(torch.int32) + 1
+
+
+def _segment_ranges(segments: Tensor) -> KeyRanges:
+    """Ranges from the index of each query's sequence within its row, (batch, query), ascending."""
+    start = torch.searchsorted(segments, segments)
+    end = torch.searchsorted(segments, segments, right=True)
+    return KeyRanges(start.to(torch.int32), end.to(torch.int32))
 
 
 def _full_bounds(
@@ -316,30 +353,59 @@ def _shrink(start: Tensor, end: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 
 def packed_ranges(boundaries_q: Tensor, boundaries_k: Tensor, num_queries: int) -> KeyRanges:
     """Ranges of a packed row from cumulative lengths (sequences + 1,), as flash attention takes them."""
-    position = torch.arange(num_queries, device=boundaries_q.device)
-    segment = torch.searchsorted(boundaries_q, position, right=True) - 1
-    segment = segment.clamp(max=boundaries_k.shape[0] - 2)
+    position, segment = _segments(boundaries_q, num_queries)
     start, end = boundaries_k[segment], boundaries_k[segment + 1]
     # Queries behind the last boundary belong to no sequence.
     end = torch.where(position < boundaries_q[-1], end, start)
     return KeyRanges(start[None].to(torch.int32), end[None].to(torch.int32))
 
 
-def packed_rows(position_ids: Tensor) -> KeyRanges | None:
-    """Ranges of rows that hold several sequences each, read off positions that start again at 0.
+def paged_ranges(
+    boundaries_q: Tensor, boundaries_k: Tensor, num_queries: int, sliding_window: int | None
+) -> KeyRanges:
+    """Ranges of a batch of a paged cache: the last query of a sequence sees its last key.
 
     Args:
-        position_ids: (batch or 1, query).
+        boundaries_q, boundaries_k: cumulative lengths of queries and of keys, (sequences + 1,).
+        num_queries: queries of all sequences together.
+        sliding_window: number of keys that a query sees, itself counted; `None` for all.
+    """
+    whole = packed_ranges(boundaries_q, boundaries_k, num_queries)
+    position, segment = _segments(boundaries_q, num_queries)
+    end = whole.end - (boundaries_q[segment + 1] - 1 - position)[None]
+    start = whole.start
+    if sliding_window is not None:
+        start = torch.maximum(start, end - sliding_window)
+    end = torch.where(whole.end > whole.start, end, start)
+    return KeyRanges(start.to(torch.int32), end.to(torch.int32))
+
+
+def _segments(boundaries: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """(position, sequence) of every place of a row that holds several sequences."""
+    position = torch.arange(length, device=boundaries.device)
+    segment = torch.searchsorted(boundaries, position, right=True) - 1
+    return position, segment.clamp(max=boundaries.shape[0] - 2)
+
+
+def packed_rows(position_ids: Tensor) -> KeyRanges | None:
+    """Ranges of rows that hold several sequences each, read off positions that start again.
+
+    Args:
+        position_ids: (batch or 1, query). A sequence starts at 0 or at the first position of its row
+            (RoBERTa's positions start at 2).
 
     Returns:
         For each query the range of its own sequence, or `None` where no row holds two sequences or
-        positions jump to anything but 0.
+        positions jump to anything else. Under tracing never `None`, which would need a look at data.
     """
     length = position_ids.shape[1]
     restart = torch.ones_like(position_ids, dtype=torch.bool)
     restart[:, 1:] = position_ids[:, 1:] - position_ids[:, :-1] != 1
     inner = restart[:, 1:]
-    if not bool(inner.any() & (position_ids[:, 1:][inner] == 0).all()):
+    starts = (position_ids == 0) | (position_ids == position_ids[:, :1])
+    packed = inner.any() & (starts[:, 1:] | ~inner).all()
+    tracing = torch.compiler.is_compiling()
+    if not tracing and not bool(packed):
         return None
     index = torch.arange(length, device=position_ids.device).expand(position_ids.shape)
     start = torch.where(restart, index, 0).cummax(dim=1).values
@@ -347,6 +413,8 @@ def packed_rows(position_ids: Tensor) -> KeyRanges | None:
     following = torch.where(restart, index, length).roll(-1, dims=1)
     following[:, -1] = length
     end = following.flip(1).cummin(dim=1).values.flip(1)
+    if tracing:
+        start, end = torch.where(packed, start, 0), torch.where(packed, end, length)
     return KeyRanges(start.to(torch.int32), end.to(torch.int32))
 
 

@@ -7,9 +7,13 @@ loaded. All three collect and validate first and change afterwards.
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -19,6 +23,14 @@ from .discovery import AttentionModule, attention_modules, foreign_modules
 from .registry import CHILD, MECHANISMS, options_of
 
 Children = list[tuple[AttentionModule, Mechanism]]
+
+
+class ForeignAttentionError(ValueError):
+    """Some attention of a model would go on as softmax whatever was asked for."""
+
+    def __init__(self, message: str, mechanism: str) -> None:
+        super().__init__(message)
+        self.mechanism = mechanism
 
 
 def attach(model: PreTrainedModel, config: MechanismConfig) -> PreTrainedModel:
@@ -102,7 +114,8 @@ def prepare(model: PreTrainedModel) -> None:
     Parameters are left to the loader's initialisation.
 
     Raises:
-        ValueError: a part that is asked to run a mechanism cannot, or options do not fit.
+        ForeignAttentionError: a part that is asked to run a mechanism cannot.
+        ValueError: options do not fit.
     """
     wanted = [f for f in attention_modules(model) if implementation(f.owner) in MECHANISMS]
     foreign = [f for f in foreign_modules(model) if implementation(f.owner) in MECHANISMS]
@@ -216,7 +229,7 @@ def submodels(model: PreTrainedModel) -> list[PreTrainedModel]:
 
 
 def refuse_foreign(model: PreTrainedModel, foreign: list[AttentionModule], name: str) -> None:
-    """Raises ValueError if some attention would go on as softmax whatever was asked for."""
+    """Raises ForeignAttentionError if there is any foreign attention."""
     if not foreign:
         return
     first = foreign[0]
@@ -227,14 +240,37 @@ def refuse_foreign(model: PreTrainedModel, foreign: list[AttentionModule], name:
     )
     unable = {id(f.owner.config) for f in foreign}
     able = {id(f.owner.config) for f in attention_modules(model)} - unable
-    parts = {"": model.config}
-    parts |= {key: getattr(model.config, key, None) for key in model.config.sub_configs}
-    if able & {id(part) for part in parts.values()}:
-        named = ", ".join(
-            f'"{key}": "{name if id(part) in able else "eager"}"' for key, part in parts.items()
-        )
-        reason += f" Name the parts that do: attn_implementation={{{named}}}."
-    raise ValueError(reason)
+    if able & {id(part) for part in configs_of(model.config)}:
+        parts = json.dumps(_per_part(model.config, able, name))
+        reason += f" Name the parts that do: attn_implementation={parts}."
+    raise ForeignAttentionError(reason, name)
+
+
+def refuse_architecture(cls: type[PreTrainedModel], config: PreTrainedConfig, name: str) -> None:
+    """Refuses a model of which a part could not be built, in terms of the whole model.
+
+    Its parts are seen by building it without memory, on eager attention.
+
+    Raises:
+        ForeignAttentionError: with the remedy, if there is one.
+    """
+    config = copy.deepcopy(config)
+    setattr(config, SECTION, None)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        model = cls(config)
+    refuse_foreign(model, foreign_modules(model), name)
+
+
+def _per_part(config: PreTrainedConfig, able: set[int], name: str) -> dict[str, Any]:
+    """The implementation of a config and of its sub-configs, as Transformers takes it."""
+    tree: dict[str, Any] = {"": name if id(config) in able else "eager"}
+    for key in config.sub_configs:
+        part = getattr(config, key, None)
+        if isinstance(part, PreTrainedConfig):
+            below = _per_part(part, able, name)
+            tree[key] = below if len(below) > 1 else below[""]
+    return tree
 
 
 def no_attention(model: PreTrainedModel, name: str) -> str:

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from ..masking import (
     CompactMask,
     intersect,
     packed_ranges,
     packed_rows,
+    paged_ranges,
     ranges_of,
     selected_blocks,
     selected_keys,
@@ -26,8 +28,8 @@ from .base import AttentionCall
 
 #: Keywords with a meaning for attention that no mechanism can honour, each with the remedy.
 _REFUSED = {
-    "cache": "continuous batching with a paged cache is not supported; use generate()",
-    "block_table": "paged key/value blocks are not supported; use generate()",
+    "block_table": "paged key/value blocks are read by flash attention only; leave "
+    "max_blocks_per_request of the continuous batching config at 0",
     "head_mask": "per-head masks are not supported; prune the heads or multiply the output",
 }
 
@@ -46,8 +48,8 @@ def read_call(
 
     Keywords: `scaling` (`None`: dim^-½), `dropout`, `position_bias`, `softcap`, `s_aux` or `sinks`,
     `sliding_window`, `is_causal`, `indices`, `block_indices`, `cu_seq_lens_q`/`cu_seq_lens_k`,
-    `position_ids`, `output_attentions`. Other keywords are the model's own business: its forward
-    arguments flow down to here (`use_cache`, `input_ids`, …).
+    `position_ids`, `cache` (paged), `output_attentions`. Other keywords are the model's own business:
+    its forward arguments flow down to here (`use_cache`, `input_ids`, …).
 
     Raises:
         ValueError: a keyword that would change the attention and cannot be honoured.
@@ -58,9 +60,14 @@ def read_call(
                 f"attention was called with {name}=<{type(kwargs[name]).__name__}>: {remedy}."
             )
 
-    num_queries, num_keys = query.shape[2], key.shape[2]
     bias = kwargs.get("position_bias")
-    mask, is_causal, window = _visibility(module, query, key, attention_mask, kwargs)
+    mask: Tensor | KeyRanges | None
+    if (cache := kwargs.get("cache")) is not None:
+        key, value, mask = _paged(module, query, key, value, cache, kwargs)
+        is_causal, window = False, None
+    else:
+        mask, is_causal, window = _visibility(module, query, key, attention_mask, kwargs)
+    num_queries, num_keys = query.shape[2], key.shape[2]
     if (indices := kwargs.get("indices")) is not None:
         mask = _restrict(mask, selected_keys(indices, num_keys))
     if (blocks := kwargs.get("block_indices")) is not None:
@@ -83,6 +90,32 @@ def read_call(
         dropout=float(dropout) if module.training else 0.0,
         return_weights=bool(kwargs.get("output_attentions")) or _weights_are_recorded(),
     )
+
+
+def _paged(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, cache: Any, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor, KeyRanges]:
+    """(key, value, ranges) of a batch of sequences whose earlier keys lie in a paged cache.
+
+    Continuous batching gives it to the attention function, which writes the new keys and values and
+    gets all of them, sequence by sequence.
+    """
+    if not isinstance(cache, PagedAttentionCache):
+        raise ValueError(
+            f"attention was called with cache=<{type(cache).__name__}>: only the PagedAttentionCache "
+            "of continuous batching is written by an attention function; pass past_key_values."
+        )
+    options = dict(kwargs)
+    key, value = cache.update(
+        key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=options
+    )
+    ranges = paged_ranges(
+        options["cu_seq_lens_q"],
+        options["cu_seq_lens_k"],
+        query.shape[2],
+        options.get("sliding_window"),
+    )
+    return key, value, ranges
 
 
 def _visibility(
@@ -137,6 +170,11 @@ def _packed(
     """Sequences packed in one row, from cumulative lengths or from positions that start again."""
     lengths_q, lengths_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if lengths_q is not None:
+        if query.shape[0] != 1:
+            raise ValueError(
+                f"cu_seq_lens_q describes the sequences of one row, but the batch has {query.shape[0]}: "
+                "flatten it into one row (DataCollatorWithFlattening does), or pass position_ids."
+            )
         lengths_k = lengths_q if lengths_k is None else lengths_k
         return packed_ranges(lengths_q, lengths_k, query.shape[2])
     positions = kwargs.get("position_ids")
@@ -147,9 +185,11 @@ def _packed(
         or attention_mask.pattern == "full"
         or positions.dim() != 2
         or not positions.shape[1] == query.shape[2] == key.shape[2] == attention_mask.shape[3]
-        or torch.compiler.is_compiling()
     ):
         return None
+    if torch.compiler.is_compiling():
+        # A traced mask that is not plainly causal holds its packing already.
+        return packed_rows(positions) if attention_mask.pattern == "causal" else None
     # Looked at once a forward pass: every layer gets the same mask and the same positions.
     if attention_mask.packing is None or attention_mask.packing[0] is not positions:
         attention_mask.packing = (positions, packed_rows(positions))

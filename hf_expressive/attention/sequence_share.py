@@ -274,6 +274,10 @@ def shared(share: SequenceShare) -> Iterator[None]:
         _active = None
 
 
+#: Before anything has put another function in its place.
+_SOFTMAX = torch.nn.functional.scaled_dot_product_attention
+
+
 def share_of(attention_mask: Tensor | None) -> SequenceShare | None:
     """The share that an attention call belongs to: that of its mask, or the active one.
 
@@ -284,7 +288,8 @@ def share_of(attention_mask: Tensor | None) -> SequenceShare | None:
             `scaled_dot_product_attention` only.
     """
     softmax = torch.nn.functional.scaled_dot_product_attention
-    if getattr(softmax, "__module__", "").startswith("torch.distributed."):
+    # `torch.compile` can compare functions, but not ask where they come from.
+    if softmax is not _SOFTMAX and getattr(softmax, "__module__", "").startswith("torch.distributed."):
         raise RuntimeError(
             "the context parallelism of PyTorch and Accelerate reaches softmax attention only, and this "
             "model's attention would see a part of the sequence; use hf_expressive.context_parallel "

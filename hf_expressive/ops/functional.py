@@ -7,7 +7,7 @@
 * `"triton"`: fused kernels; CUDA (or Triton's interpreter). Raises where a problem is not covered.
 * `"hopper"`: kernels for GPUs of compute capability 9.0 and the commonest cases; raises otherwise.
 * `"auto"`: for CUDA tensors the first of `"hopper"` and `"triton"` that covers the call, `"blockwise"`
-  for everything else.
+  for everything else; `"reference"` while a model is exported to ONNX, which has no operator of ours.
 
 An implementation asked for by name runs or raises; it is never replaced by another.
 """
@@ -215,6 +215,8 @@ def choose(problem: AttentionProblem, impl: str, *, return_weights: bool = False
             )
         return "reference"
     if impl == "auto":
+        if torch.onnx.is_in_onnx_export():
+            return "reference"
         if problem.query.device.type == "cuda":
             for name, kernels in _KERNELS.items():
                 if kernels.unsupported(problem) is None:

@@ -165,7 +165,10 @@ def family(model: PreTrainedModel) -> str:
 
 
 def build(
-    name: str, attn_implementation: str = "eager", seed: int = 0, whole: bool = False
+    name: str,
+    attn_implementation: str | dict[str, Any] = "eager",
+    seed: int = 0,
+    whole: bool = False,
 ) -> Case:
     """Build architecture `name` tiny, on CPU, in float32 and evaluation mode.
 
@@ -176,7 +179,7 @@ def build(
     cls = model_class(name)
     config = tiny_config(name)
     choice: Any = attn_implementation
-    if name in KEEP_EAGER and not whole:
+    if name in KEEP_EAGER and not whole and isinstance(choice, str):
         choice = _per_part(config, attn_implementation, KEEP_EAGER[name])
     model = cls._from_config(config, attn_implementation=choice, dtype=torch.float32)
     _randomise(model, seed, NOISE.get(name, 1.0))

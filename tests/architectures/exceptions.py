@@ -229,6 +229,7 @@ CONFIG: dict[str, dict[str, Any]] = {
     "pe_video": {"video_config": {"vision_config": _small_resnet(num_labels=16)}},
     "pp_doclayout_v2": {"class_thresholds": [0.5, 0.5], "class_order": [0, 1]},
     "pp_ocrv6_small_rec": {"backbone_config": {"stem_channels": [3, 48, 96]}},
+    "pp_formulanet": {"vision_config": {"image_size": 128}},
     "qwen2_5_omni": {"text_config": {"rope_parameters": _MROPE}, "vision_start_token_id": 250},
     "qwen2_5_vl": {"text_config": {"rope_parameters": _MROPE}},
     "qwen2_vl": {"text_config": {"rope_parameters": _MROPE}},
@@ -353,7 +354,8 @@ MODEL: dict[str, str] = {
 # the name of the implementation when it is built) and stays eager; "" is the model's own
 # configuration. The package must refuse these architectures as a whole and run the rest of them.
 KEEP_EAGER: dict[str, tuple[str, ...]] = {
-    "aimv2": ("vision_config",),
+    "aria": ("",),
+    "bridgetower": ("vision_config",),
     "chameleon": ("vq_config",),
     "clap": ("audio_config",),
     "deepseek_ocr2": ("vision_config.sam_config",),
@@ -371,9 +373,7 @@ KEEP_EAGER: dict[str, tuple[str, ...]] = {
 # registry and modules that compute attention by themselves. The package must refuse them.
 REFUSED: dict[str, str] = {
     "bigbird_pegasus": "the encoder's attention, sparse or full, is its own",
-    "esmfold2": "a pooling head computes a softmax and a product itself",
-    "evolla": "the sequence compressor's attention is its own",
-    "inkling2": "the residual over blocks computes a softmax and a product itself",
+    "evolla": "the sequence compressor's attention is its own, and shares a config with the decoder's",
     "longt5": "the encoder's local attention is its own",
     "pegasus_x": "the encoder's global-local attention is its own",
 }
