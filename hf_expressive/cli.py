@@ -31,7 +31,7 @@ from .verify import VerificationError, verify
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code."""
-    given = _parser().parse_args(arguments)
+    given = parser().parse_args(arguments)
     try:
         code: int = given.run(given)
     except (ValueError, OSError, SafetensorError) as error:
@@ -180,12 +180,13 @@ def _tell_left_out(missing: Sequence[str]) -> None:
         print(f"not known, so not in the card: {'; '.join(missing)}", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Commands and arguments; `run` of what it parses is the function of the command."""
+    top = argparse.ArgumentParser(
         prog="hf-expressive", description="Variants of Transformers models with other attention."
     )
-    parser.add_argument("--version", action="version", version=f"hf_expressive {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    top.add_argument("--version", action="version", version=f"hf_expressive {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, help: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
@@ -255,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
 
     kernel = command("kernel", _kernel, "write the kernels as a repository for the kernels library")
     kernel.add_argument("folder", metavar="FOLDER", help="where to; new or empty")
-    return parser
+    return top
 
 
 def _add_place(parser: argparse.ArgumentParser) -> None:

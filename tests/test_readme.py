@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
+
+from hf_expressive.cli import parser
 
 _ROOT = Path(__file__).resolve().parent.parent
 _README = (_ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,6 +30,23 @@ def test_files_it_names_exist() -> None:
     paths += re.findall(r"(?:recipes|tests|model_cards)/[\w./-]+\.\w+", _README)
     missing = [path for path in paths if "://" not in path and not (_ROOT / path).exists()]
     assert not missing
+
+
+def test_hub_commands_are_understood() -> None:
+    """Each line parses; what the commands do is tested with the command line."""
+    lines = _README.split("<!-- commands: hub -->")[1].split("```bash\n")[1].split("```")[0]
+    commands = [shlex.split(line) for line in lines.splitlines()]
+    assert {command[1] for command in commands} == {
+        "card",
+        "convert",
+        "info",
+        "kernel",
+        "push",
+        "verify",
+    }
+    for program, *arguments in commands:
+        assert program == "hf-expressive"
+        assert callable(parser().parse_args(arguments).run)
 
 
 def test_ci_runs_the_readme_command() -> None:
