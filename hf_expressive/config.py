@@ -115,20 +115,26 @@ class ExpressiveConfig(MechanismConfig):
     Args:
         scale: factor of the product q·k. `"module"`: the attention module's own `scaling` (dim^-½ in
             most architectures). A number: that number instead (the paper's choice is 1.0).
-            `"learned"`: the module's own times one learned positive gain a head, 1 at the start.
+            `"learned"`: the module's own times one learned positive gain a head.
         power: the Hill exponent n > 0 of z²ⁿ/(1 + z²ⁿ); 1 is the paper's.
+        gain: what the learned gain starts with. Below 1 most weights start well under their bound of
+            1, where a larger |z| still means a larger weight.
+        sink: add a learned constant exp(s), one a head, to the sum of the weights, s = 0 at the start:
+            a query that no key answers then gets an output near zero instead of a mean of values.
         softmax_layers, softmax_heads: see `MechanismConfig`.
 
     Raises:
         ValueError: a value of the wrong type or out of range.
 
-    Source: C. Gros, arXiv 2407.18601; `power`, `"learned"` and the hybrids are ours.
+    Source: C. Gros, arXiv 2407.18601; `power`, `"learned"`, `sink` and the hybrids are ours.
     """
 
     mechanism: ClassVar[str] = "expressive"
 
     scale: Literal["module", "learned"] | float = "module"
     power: float = 1.0
+    gain: float = 1.0
+    sink: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,10 +147,17 @@ class ExpressiveConfig(MechanismConfig):
         if not _is_number(self.power) or self.power <= 0:
             raise ValueError(f"power must be a positive number, got {shown(self.power)}.")
         object.__setattr__(self, "power", float(self.power))
+        if not _is_number(self.gain) or self.gain <= 0:
+            raise ValueError(f"gain must be a positive number, got {shown(self.gain)}.")
+        object.__setattr__(self, "gain", float(self.gain))
+        if self.gain != 1.0 and self.scale != "learned":
+            raise ValueError(f"gain={self.gain} has no meaning without scale='learned'.")
+        if not isinstance(self.sink, bool):
+            raise ValueError(f"sink must be true or false, got {shown(self.sink)}.")
 
     @property
     def needs_parameters(self) -> bool:
-        return self.scale == "learned"
+        return self.scale == "learned" or self.sink
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,8 @@ def _options(config: Any) -> tuple[float | None, float]:
     if not isinstance(section, Mapping) or section.get("mechanism") != "expressive":
         raise ValueError(f"this kernel runs expressive attention only; {_PACKAGE}")
     scale, power = section.get("scale", "module"), section.get("power", 1.0)
+    if section.get("sink"):
+        raise ValueError(f"this kernel has no learned sinks; {_PACKAGE}")
     if section.get("softmax_layers") or section.get("softmax_heads"):
         raise ValueError(f"this kernel runs no hybrids with softmax attention; {_PACKAGE}")
     if not (scale == "module" or isinstance(scale, int | float)):

@@ -41,6 +41,12 @@ def test_bad_value(name: str, bad: Any) -> None:
     [
         ({"mechanism": "expressive", "sclae": 1.0}, "sclae.*known options.*scale"),
         ({"mechanism": "expressive", "kernel": "rbf"}, "kernel"),
+        (
+            {"mechanism": "expressive", "gain": 0.3},
+            "gain=0.3 has no meaning without scale='learned'",
+        ),
+        ({"mechanism": "expressive", "scale": "learned", "gain": 0}, "gain must be a positive"),
+        ({"mechanism": "expressive", "sink": 1}, "sink must be true or false, got 1"),
         ({"mechanism": "expresive"}, "mechanism.*expresive"),
         ({"mechanism": None}, "mechanism"),
         ({"mechanism": ["expressive"]}, "mechanism"),
@@ -75,6 +81,7 @@ VALID = [
     ExpressiveConfig(),
     ExpressiveConfig(scale=1, power=2),
     ExpressiveConfig(scale="learned", power=0.5, softmax_layers=(2, 0), softmax_heads=4),
+    ExpressiveConfig(scale="learned", gain=0.3, sink=True),
     ExpressiveConfig(scale=0.1, softmax_layers=[]),  # type: ignore[arg-type]
 ]
 
@@ -109,6 +116,8 @@ def test_defaults_are_the_papers() -> None:
     assert dataclasses.asdict(ExpressiveConfig()) == {
         "scale": "module",
         "power": 1.0,
+        "gain": 1.0,
+        "sink": False,
         "softmax_layers": (),
         "softmax_heads": 0,
     }
@@ -122,7 +131,7 @@ _JSON = st.recursive(
     max_leaves=5,
 )
 _NAMES = st.sampled_from(
-    ["mechanism", "version", "scale", "power", "softmax_layers", "softmax_heads"]
+    ["mechanism", "version", "scale", "power", "gain", "sink", "softmax_layers", "softmax_heads"]
 ) | st.text(max_size=5)
 _LIKELY = (
     st.sampled_from(["expressive", "module", "learned", "0.1.0", 1, 2.5, 10**400, 1e-320, [0, 1]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from transformers import (
 )
 
 from hf_expressive import ExpressiveConfig, attach, detach, patcher
-from hf_expressive.attention.base import Mechanism
+from hf_expressive.attention.base import AttentionCall, Mechanism
 from hf_expressive.attention.expressive import ExpressiveAttention
 from hf_expressive.config import SECTION
 from hf_expressive.discovery import attention_modules
@@ -86,6 +87,8 @@ def test_attach_changes_what_attention_is() -> None:
     [
         {"scale": 1.0},
         {"power": 2.0},
+        {"scale": "learned", "gain": 0.3},
+        {"sink": True},
         {"softmax_layers": (0,)},
         {"softmax_layers": (1,)},
         {"softmax_heads": 2},
@@ -115,6 +118,26 @@ def test_learned_gain_scales_its_head() -> None:
     scale = 4**-0.5 * torch.tensor(1.5).exp().item()
     expected = logits(attach(llama(), ExpressiveConfig(scale=scale)))
     torch.testing.assert_close(logits(learned), expected)
+
+
+def test_learned_sink_joins_the_row_sum() -> None:
+    """exp(s) beside a row sum L: the output of a head shrinks by L / (L + exp(s)), and s is learned."""
+    query, key, value = torch.randn(3, 2, 4, 5, 8).unbind()
+    child = children(attach(llama(num_key_value_heads=4), ExpressiveConfig(sink=True)))[0]
+    call = AttentionCall(query, key, value, scaling=0.5)
+    out, weights = child(replace(call, return_weights=True))
+    assert weights is not None
+    plain, _ = ExpressiveAttention(ExpressiveConfig(), layer=0, heads=4, kv_heads=4)(call)
+    score = 0.25 * (query @ key.transpose(-1, -2)).square()
+    row_sum = (score / (1 + score)).sum(-1, keepdim=True)
+    torch.testing.assert_close(out, plain * row_sum / (row_sum + 1))
+    torch.testing.assert_close(weights.sum(-1, keepdim=True), row_sum / (row_sum + 1))
+    # A sink of the model itself counts beside it.
+    both, _ = child(replace(call, sinks=torch.tensor([0.0, 1.0, 2.0, 3.0])))
+    sink = 1 + torch.tensor([0.0, 1.0, 2.0, 3.0]).exp().view(1, 4, 1, 1)
+    torch.testing.assert_close(both, plain * row_sum / (row_sum + sink))
+    out.sum().backward()
+    assert (child.sink.log_weight.grad != 0).all()
 
 
 def test_attach_again_replaces() -> None:

@@ -1,7 +1,9 @@
-"""Expressive attention in an attention module: options, the learned gain, the call."""
+"""Expressive attention in an attention module: options, learned gain and sink, the call."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import cast
 
 import torch
@@ -14,7 +16,7 @@ from .base import AttentionCall, Mechanism
 
 
 class HeadGain(nn.Module):
-    """One positive factor a head, exp(log_gain), (heads,): 1 at the start, float32 in any model.
+    """One positive factor a head, exp(log_gain), (heads,), float32 in any model.
 
     A module of its own, because PEFT and offloading work on modules.
     """
@@ -27,41 +29,66 @@ class HeadGain(nn.Module):
         return self.log_gain.float().exp()
 
 
+class HeadSink(nn.Module):
+    """The log-weight of one sink a head, (heads,), float32 in any model."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.log_weight = nn.Parameter(torch.empty(heads))
+
+    def forward(self) -> Tensor:
+        return self.log_weight.float()
+
+
 class ExpressiveAttention(Mechanism):
     """Weights z²ⁿ / (1 + z²ⁿ) with z = scale · q·k, row-normalised.
 
-    With `scale="learned"` it owns a `HeadGain`: scale = scaling · gain, which starts at the module's
-    scaling and stays positive.
+    With `scale="learned"` it owns a `HeadGain`: scale = scaling · gain, which stays positive. With
+    `sink=True` it owns a `HeadSink`, whose weight joins the row sum; where the model itself brings a
+    sink, the two weights add.
 
     Raises:
-        ValueError: a learned gain for a module whose number of heads cannot be found.
+        ValueError: learned parameters for a module whose number of heads cannot be found.
     """
 
     def __init__(
         self, options: MechanismConfig, *, layer: int, heads: int | None, kv_heads: int | None
     ) -> None:
         super().__init__(options, layer=layer, heads=heads, kv_heads=kv_heads)
-        options = cast(ExpressiveConfig, options)
-        self.scale = options.scale
+        self.options = options = cast(ExpressiveConfig, options)
         self.response = Response("hill", power=options.power)
-        if options.scale == "learned" and not self.softmax_layer:
-            if heads is None:
-                raise ValueError(
-                    "scale='learned' needs the number of heads, and this architecture's attention "
-                    "module does not tell it; use scale='module' or a number."
-                )
+        self.gain: HeadGain | None = None
+        self.sink: HeadSink | None = None
+        if not options.needs_parameters or self.softmax_layer:
+            return
+        if heads is None:
+            raise ValueError(
+                "scale='learned' and sink=True need the number of heads, and this architecture's "
+                "attention module does not tell it; use scale='module' or a number, and no sink."
+            )
+        if options.scale == "learned":
             self.gain = HeadGain(heads)
+        if options.sink:
+            self.sink = HeadSink(heads)
 
     def evaluate(self, call: AttentionCall, heads: slice) -> tuple[Tensor, Tensor | None]:
         scale: float | Tensor
-        if self.scale == "module":
-            scale = call.scaling
-        elif self.scale == "learned":
+        if self.gain is not None:
             scale = self.gain()[heads] * call.scaling
+        elif isinstance(self.options.scale, float):
+            scale = self.options.scale
         else:
-            scale = self.scale
+            scale = call.scaling
+        if self.sink is not None:
+            own = self.sink()[heads]
+            if call.sinks is not None:
+                given = call.sinks.float()
+                own = torch.logaddexp(given, own if given.dim() == 1 else own[None, :, None, None])
+            call = dataclasses.replace(call, sinks=own)
         return call.attend(self.response, scale)
 
     def reset_parameters(self) -> None:
-        if self.has_parameters:
-            init.zeros_(self.gain.log_gain)
+        if self.gain is not None:
+            init.constant_(self.gain.log_gain, math.log(self.options.gain))
+        if self.sink is not None:
+            init.zeros_(self.sink.log_weight)
