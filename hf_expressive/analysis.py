@@ -47,7 +47,8 @@ def spectral_samples(model: nn.Module, **inputs: Any) -> dict[str, Tensor]:
         frequencies = module.kernel(ours)[0]
         if frequencies is not None:
             first = frequencies[0] if frequencies.dim() == 5 else frequencies
-            samples[name] = first.float().cpu()
+            # A copy: learned frequencies are the parameter itself.
+            samples[name] = first.detach().float().cpu().clone()
 
     _visit_calls(model, inputs, visit)
     if not samples:
@@ -127,21 +128,29 @@ def antiparallel_mass(model: nn.Module, **inputs: Any) -> dict[str, Tensor]:
     return masses
 
 
-def plot_spectral_density(samples: Mapping[str, Tensor], *, bins: int = 24) -> Figure:
+def plot_spectral_density(samples: Mapping[str, Tensor], *, bins: int = 16) -> Figure:
     """Histograms of the frequencies' lengths ‖w‖: a row a layer, a panel a head, a colour a density.
+
+    All panels share their bins, from 0 to the greatest length.
 
     Args:
         samples: from `spectral_samples`.
         bins: bins a histogram.
     """
     heads = max(frequencies.shape[0] for frequencies in samples.values())
+    greatest = max(float(frequencies.norm(dim=2).max()) for frequencies in samples.values())
     figure = _figure(len(samples), heads)
     for row, (name, frequencies) in enumerate(samples.items()):
         for head, densities in enumerate(frequencies):
             axes = figure.add_subplot(len(samples), heads, row * heads + head + 1)
-            for s, density in enumerate(densities):
-                lengths = density.norm(dim=0)
-                axes.hist(lengths.tolist(), bins=bins, histtype="step", label=f"density {s + 1}")
+            for s, lengths in enumerate(densities.norm(dim=1).tolist()):
+                axes.hist(
+                    lengths,
+                    bins=bins,
+                    range=(0.0, greatest),
+                    histtype="step",
+                    label=f"density {s + 1}",
+                )
             _label(axes, f"{name}, head {head}", "‖w‖, cycles", "frequencies")
     figure.axes[0].legend()
     return figure
@@ -156,6 +165,8 @@ def plot_kernels(
 ) -> Figure:
     """The kernel k(0, δu) along a direction u: a panel a layer, a line a head.
 
+    A dotted line shows exp(−δ²/(4√d)), whose square is the RBF kernel of softmax attention.
+
     Args:
         samples: from `spectral_samples`.
         direction: u, (dim,); by default the diagonal (1, …, 1).
@@ -169,6 +180,8 @@ def plot_kernels(
         axes = figure.add_subplot(len(samples), 1, row + 1)
         for head, profile in enumerate(kernel_profile(frequencies, along, distances)):
             axes.plot(distances.tolist(), profile.tolist(), label=f"head {head}")
+        rbf = torch.exp(-distances.square() / (4.0 * math.sqrt(frequencies.shape[2])))
+        axes.plot(distances.tolist(), rbf.tolist(), ":", color="0.5", label="softmax")
         _label(axes, name, "δ", "k(0, δu)")
     figure.axes[0].legend()
     return figure
@@ -187,6 +200,11 @@ def plot_antiparallel_mass(masses: Mapping[str, Tensor]) -> Figure:
     image = axes.imshow(rows, vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(masses)), labels=list(masses))
     axes.set_xticks(range(heads))
+    for row, values in enumerate(rows):
+        for head, value in enumerate(values):
+            if not math.isnan(value):
+                colour = "white" if value < 0.6 else "black"
+                axes.text(head, row, f"{value:.2f}", ha="center", va="center", color=colour)
     _label(axes, "share of weight on q·k < 0", "head", "")
     figure.colorbar(image)
     return figure

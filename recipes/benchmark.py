@@ -3,9 +3,10 @@
     python recipes/benchmark.py --device cpu
     python recipes/benchmark.py --device cuda
 
-On the CPU: expressive attention (blockwise) against PyTorch's softmax attention and against the formula
-written naively. On a GPU: the Triton kernels against cuDNN's and PyTorch's flash softmax attention,
-flex_attention with the expressive score, and FlashAttention-4 where it is installed.
+On the CPU: expressive attention (blockwise) and the kernels of implicit kernel attention against
+PyTorch's softmax attention and against the formula written naively. On a GPU: the Triton kernels against
+cuDNN's and PyTorch's flash softmax attention, flex_attention with the expressive score, and
+FlashAttention-4 where it is installed.
 
 Nothing is timed before its outputs and gradients agree with the float64 reference. Rivals take turns, so
 that a change of clock meets all of them; medians are reported with the 10th and 90th percentile.
@@ -36,6 +37,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
+from hf_expressive import ImplicitKernelConfig
+from hf_expressive.attention.base import AttentionCall
+from hf_expressive.attention.implicit_kernel import ImplicitKernelAttention
 from hf_expressive.ops import expressive_attention
 from hf_expressive.ops.functional import attend
 from hf_expressive.ops.response import Response
@@ -127,6 +131,31 @@ def implicit_kernel(query: Tensor, key: Tensor, value: Tensor, *, impl: Any) -> 
     )
 
 
+#: Kernels of implicit kernel attention, compared on the CPU with features and magnitudes included.
+KERNELS = ("rbf", "stationary", "direct", "implicit", "copula")
+
+
+@cache
+def _kernel_module(kernel: Any, heads: int, key_heads: int, size: int) -> ImplicitKernelAttention:
+    child = ImplicitKernelAttention(
+        ImplicitKernelConfig(kernel=kernel, p=3.0),
+        layer=0,
+        heads=heads,
+        kv_heads=key_heads,
+        head_dim=size,
+    )
+    child.reset_parameters()
+    return child.eval()
+
+
+def whole_kernel(query: Tensor, key: Tensor, value: Tensor, *, kernel: str, impl: Any) -> Tensor:
+    """Implicit kernel attention as a model runs it, M = 64 and p = 3; gradients of q, k and v."""
+    child = _kernel_module(kernel, query.shape[1], key.shape[1], query.shape[-1])
+    is_causal = query.shape[2] > 1
+    call = AttentionCall(query, key, value, query.shape[-1] ** -0.5, is_causal=is_causal, impl=impl)
+    return child(call)[0]
+
+
 def softmax(query: Tensor, key: Tensor, value: Tensor, *, backend: Any = None) -> Tensor:
     """PyTorch's fused softmax attention, by one backend or the one PyTorch picks."""
     from torch.nn.attention import sdpa_kernel
@@ -198,6 +227,10 @@ def rivals(device: str) -> dict[str, Attention]:
             "expressive, blockwise": partial(ours, impl="blockwise"),
             "softmax, sdpa": softmax,
             "expressive, naive": naive_expressive,
+            **{
+                f"kernel {kernel}": partial(whole_kernel, kernel=kernel, impl="blockwise")
+                for kernel in KERNELS
+            },
         }
     from torch.nn.attention import SDPBackend
 
@@ -221,6 +254,9 @@ def reference_of(name: str) -> Attention:
         return softmax
     if name.startswith("implicit"):
         return partial(implicit_kernel, impl="reference")
+    if name.startswith("kernel "):
+        kernel = name.removeprefix("kernel ")
+        return partial(whole_kernel, kernel=kernel, impl="reference")
     return partial(ours, impl="reference")
 
 

@@ -146,17 +146,22 @@ def test_plots_show_every_layer_and_head() -> None:
     titles = [axes.get_title() for axes in density.axes]
     assert titles == [f"{name}, head {head}" for name in LAYERS for head in range(2)]
     assert all(len(axes.patches) == 2 for axes in density.axes)
+    assert len({axes.get_xlim() for axes in density.axes}) == 1
 
     kernels = analysis.plot_kernels(samples, largest=2.0, points=11)
     assert [axes.get_title() for axes in kernels.axes] == LAYERS
     line = kernels.axes[1].lines[1]
     expected = analysis.kernel_profile(samples[LAYERS[1]], torch.ones(8), torch.linspace(-2, 2, 11))
     assert line.get_ydata() == pytest.approx(expected[1].tolist())
+    rbf = kernels.axes[0].lines[2].get_ydata()
+    assert rbf == pytest.approx((-(torch.linspace(-2, 2, 11) ** 2) / (4 * 8**0.5)).exp().tolist())
     along = analysis.plot_kernels(samples, direction=torch.eye(8)[0], largest=2.0, points=11)
     assert along.axes[1].lines[1].get_ydata() != pytest.approx(expected[1].tolist())
 
     masses = {"one": torch.tensor([0.1, 0.2]), "two": torch.tensor([0.3])}
-    image = analysis.plot_antiparallel_mass(masses).axes[0].images[0].get_array()
+    axes = analysis.plot_antiparallel_mass(masses).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["0.10", "0.20", "0.30"]
+    image = axes.images[0].get_array()
     assert image is not None
     assert image.filled(math.nan).tolist()[0] == pytest.approx([0.1, 0.2])
     assert image.mask.tolist() == [[False, False], [False, True]]
