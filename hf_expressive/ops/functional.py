@@ -27,7 +27,6 @@ from .response import Response
 
 Implementation = Literal["auto", "reference", "blockwise", "triton", "hopper"]
 IMPLEMENTATION_NAMES: tuple[str, ...] = ("auto", "reference", "blockwise", "triton", "hopper")
-# Kernels in the order in which `auto` tries them.
 _KERNELS = {"hopper": hopper, "triton": triton}
 
 
@@ -217,11 +216,8 @@ def choose(problem: AttentionProblem, impl: str, *, return_weights: bool = False
     if impl == "auto":
         if torch.onnx.is_in_onnx_export():
             return "reference"
-        if problem.query.device.type == "cuda":
-            for name, kernels in _KERNELS.items():
-                if kernels.unsupported(problem) is None:
-                    return name
-        return "blockwise"
+        fused = problem.query.device.type == "cuda" and triton.unsupported(problem) is None
+        return "triton" if fused else "blockwise"
     if impl in _KERNELS and (reason := _KERNELS[impl].unsupported(problem)) is not None:
         raise NotImplementedError(f"impl={impl!r} does not cover this call: {reason}")
     return impl
