@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -241,6 +242,9 @@ def test_push_in_a_process_of_its_own(variant: Path, tmp_path: Path) -> None:
         )
 
 
-def test_the_script_is_the_one_that_is_installed() -> None:
+def test_entry_points_name_what_exists() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (plugin,) = project["entry-points"]["vllm.general_plugins"].values()
+    module, function = plugin.split(":")
+    assert callable(getattr(importlib.import_module(module), function))
     assert project["scripts"] == {"hf-expressive": f"{main.__module__}:{main.__name__}"}

@@ -68,7 +68,7 @@ class ExpressiveMetadata:
     positions: Tensor
 
 
-class ExpressiveMetadataBuilder(AttentionMetadataBuilder[ExpressiveMetadata]):  # type: ignore[misc]
+class ExpressiveMetadataBuilder(AttentionMetadataBuilder[ExpressiveMetadata]):
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
     ) -> None:
@@ -107,7 +107,7 @@ class ExpressiveMetadataBuilder(AttentionMetadataBuilder[ExpressiveMetadata]):  
         )
 
 
-class ExpressiveImpl(AttentionImpl[ExpressiveMetadata]):  # type: ignore[misc]
+class ExpressiveImpl(AttentionImpl[ExpressiveMetadata]):
     """One attention layer; the arguments are those that vLLM gives to every backend."""
 
     def __init__(
@@ -192,7 +192,7 @@ class ExpressiveImpl(AttentionImpl[ExpressiveMetadata]):  # type: ignore[misc]
         return output
 
 
-class ExpressiveBackend(AttentionBackend):  # type: ignore[misc]
+class ExpressiveBackend(AttentionBackend):
     """The entry CUSTOM of vLLM's attention backends. Full CUDA graphs are not supported."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
