@@ -185,7 +185,8 @@ class ImplicitKernelConfig(MechanismConfig):
             and the mean query and key of the sequence, as in the paper; every position then sees the
             whole sequence, so it is for encoders only. `"constant"`: learned constants. `"auto"`:
             `"mean"` where an attention module is the self-attention of an encoder, else `"constant"`.
-        prior_scale: standard deviation of the noise's prior.
+        prior_scale: standard deviation (not the variance) of the noise's prior, and of the noise at the
+            start.
         kl_weight: weight of KL(noise density ‖ prior) in `auxiliary_loss`.
         copula_weight: weight of the copula entropy in `auxiliary_loss`.
         seed: seed of the noise that is stored for evaluation.

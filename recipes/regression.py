@@ -284,18 +284,26 @@ MEASURES = {"rmse_selected": "selected", "rmse_best_epoch": "best epoch"}
 
 
 def print_table(record: Record, console: Console) -> None:
-    """Mean and deviation of both measures for each kind."""
+    """Mean and deviation of both measures for each kind, and of its difference to the first kind."""
     repeats = len(record.runs) // len(record.variants)
     title = f"{record.task['name']}, mean ± deviation of {repeats} runs"
     table = Table(title=title, title_style="bold")
     table.add_column("kind", overflow="fold")
-    for heading in (*MEASURES.values(), "parameters", "a run"):
+    first = record.variants[0]
+    beside = f"selected − {first}"
+    for heading in (*MEASURES.values(), beside, "parameters", "a run"):
         table.add_column(heading, justify="right", no_wrap=True)
     for variant in record.variants:
         runs = record.runs_of(variant)
+        # Runs with one seed share their split.
+        differences = [
+            run.final["rmse_selected"] - rival.final["rmse_selected"]
+            for run, rival in zip(runs, record.runs_of(first), strict=True)
+        ]
         table.add_row(
             variant,
             *(str(Spread.of([run.final[key] for run in runs])) for key in MEASURES),
+            "" if variant == first else str(Spread.of(differences)),
             f"{runs[0].parameters:,}",
             f"{Spread.of([run.seconds for run in runs]).mean:.0f} s",
         )

@@ -18,7 +18,7 @@ from tolerances import largest_error
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-import hf_expressive
+from hf_expressive.attention import implicit_kernel
 from hf_expressive.auxiliary import auxiliary_loss
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -87,15 +87,14 @@ def test_the_mechanism_is_trained(trained: dict[str, list[Any]]) -> None:
 # ---- Trainer --------------------------------------------------------------------------------------
 
 
-def regularized_trainer() -> type[Trainer]:
-    """The class in the docstring of `auxiliary_loss`."""
-    text = inspect.getdoc(hf_expressive.auxiliary_loss)
+def documented_class(text: str | None, name: str) -> type[Trainer]:
+    """A class written down in a docstring."""
     assert text is not None
-    lines = text[text.index("    class RegularizedTrainer") :].splitlines()
+    lines = text[text.index(f"    class {name}") :].splitlines()
     end = next(i for i, line in enumerate(lines) if line and not line.startswith("    "))
     names: dict[str, Any] = {"Trainer": Trainer, "auxiliary_loss": auxiliary_loss}
     exec(textwrap.dedent("\n".join(lines[:end])), names)
-    return names["RegularizedTrainer"]
+    return names[name]
 
 
 @pytest.mark.parametrize("by_tokens", [True, False])
@@ -129,7 +128,8 @@ def test_trainer_adds_the_regulariser_once_a_step(
         report_to=[],
         disable_tqdm=True,
     )
-    trainer = regularized_trainer()(
+    documented = documented_class(inspect.getdoc(auxiliary_loss), "RegularizedTrainer")
+    trainer = documented(
         model, arguments, train_dataset=data, eval_dataset=data[:4], data_collator=_in_order
     )
     monkeypatch.setattr(trainer, "_get_train_sampler", lambda *_: None)
@@ -143,6 +143,19 @@ def test_trainer_adds_the_regulariser_once_a_step(
 
 def _in_order(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def test_weight_decay_leaves_the_mechanism_out_as_documented(tmp_path: Path) -> None:
+    model = distributed_kernel.build()
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    documented = documented_class(inspect.getdoc(implicit_kernel), "MyTrainer")
+    decayed = {
+        trainer: set(trainer(model, arguments).get_decay_parameter_names(model))
+        for trainer in (Trainer, documented)
+    }
+    own = {name for name, _ in model.named_parameters() if ".mechanism." in name}
+    assert len(own & decayed[Trainer]) > 10
+    assert decayed[documented] == decayed[Trainer] - own
 
 
 # ---- gradient checkpointing -----------------------------------------------------------------------

@@ -25,7 +25,7 @@ import regression as recipe
 import regression_data as data
 import regression_models as models
 from arguments import Attention
-from reporting import Record
+from reporting import Record, Spread
 
 
 def sine(count: int = 47) -> data.Points:
@@ -368,6 +368,11 @@ def test_run_records_both_rules(finished: tuple[Path, str]) -> None:
     assert (folder / "fit.png").read_bytes().startswith(b"\x89PNG")
     for variant in record.variants:
         assert str(record.spread(variant)) in output
+    differences = [
+        run.final["rmse_selected"] - rival.final["rmse_selected"]
+        for run, rival in zip(record.runs_of("gp-rbf"), record.runs_of("sdpa"), strict=True)
+    ]
+    assert str(Spread.of(differences)) in output
     assert "sine regression, held-out RMSE in m, mean ± deviation of 2 runs" in output
 
 

@@ -87,11 +87,12 @@ class GeneratedFrequencies(nn.Module):
 
         z = ±μ + σ X,   W_s = sign(z) · MLP_s(|z|),   s = 1, 2
 
-    Half of the M samples have the sign +, half −. X is standard normal; with `"copula"` that of the
-    heads is coupled, X ← D L X, L unit lower triangular (K, K), D the diagonal matrix that returns
-    each head to unit variance. So X has the Gaussian copula with correlations D L Lᵀ D, and since the
-    margins F are Gaussian too, F⁻¹(Φ(X)) is ±μ + σ X: neither Φ nor F⁻¹ has to be computed. (D is
-    what makes Φ(X) uniform, hence a copula.)
+    Both networks read the same z, so the two densities are coupled sample by sample, as Yaglom's joint
+    density couples them. Half of the M samples have the sign +, half −. X is standard normal; with
+    `"copula"` that of the heads is coupled, X ← D L X, L unit lower triangular (K, K), D the diagonal
+    matrix that returns each head to unit variance. So X has the Gaussian copula with correlations
+    D L Lᵀ D, and since the margins F are Gaussian too, F⁻¹(Φ(X)) is ±μ + σ X: neither Φ nor F⁻¹ has to
+    be computed. (D is what makes Φ(X) uniform, hence a copula.)
 
     μ, log σ² and L are learned constants; with `conditional` a network of the mean query and key adds
     to them. In training X is drawn from the default generator, which checkpointing restores for its
