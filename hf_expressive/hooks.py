@@ -140,7 +140,7 @@ def _keep_flag(original: Callable[..., None], config: PreTrainedConfig, d: dict[
         uses_mechanism = bool(names & set(MECHANISMS))
         if uses_mechanism:
             d["attn_implementation"] = tree[""] if len(names) == 1 else tree
-            # Models ask for their config as a dict within `torch.compile`, too, which cannot follow this.
+            # Models ask for their config as a dict within `torch.compile`, which cannot follow this.
             if tree[""] in MECHANISMS and SECTION not in d:
                 d[SECTION] = options_of(config, tree[""]).to_dict()
         else:
@@ -228,7 +228,9 @@ def _get_correct_attn_implementation(
     if name not in MECHANISMS:
         return name
     _refuse_class(type(model), name)
-    if not is_init_check:
+    if is_init_check:
+        patcher.note_whole(model, name)
+    else:
         options = options_of(model.config, name)
         bare = [
             found
@@ -409,10 +411,18 @@ def _preprocess_mask_arguments(
     early_exit, mask, packed, *sizes = original(
         config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs
     )
-    tracing = torch.compiler.is_compiling()
-    if tracing and packed is not None and config._attn_implementation in MECHANISMS:
-        assert position_ids is not None
-        mask, packed = mark_positions(position_ids, inputs_embeds.shape[0]), None
+    if (
+        torch.compiler.is_compiling()
+        and config._attn_implementation in MECHANISMS
+        and position_ids is not None
+        and position_ids.dim() == 2
+        and attention_mask is None
+        and not early_exit
+        and sizes[0] == sizes[1] == position_ids.shape[1]
+    ):
+        is_packed = past_key_values is None
+        mask = mark_positions(position_ids, inputs_embeds.shape[0], is_packed=is_packed)
+        packed = None
     return early_exit, mask, packed, *sizes
 
 

@@ -252,14 +252,24 @@ def compact_mask(
     return CompactMask(ranges, batch_size, kv_length, dtype, pattern)
 
 
-def mark_positions(position_ids: Tensor, batch_size: int) -> Tensor:
+def mark_positions(position_ids: Tensor, batch_size: int, *, is_packed: bool) -> Tensor:
     """Positions in the place of a padding mask, (batch, query) int32 without zeros.
 
-    Under tracing Transformers cannot look whether a row holds several sequences: it assumes so, and
-    wraps the pattern into a function that hides which pattern it was. So the hook on
-    `_preprocess_mask_arguments` takes the assumption back and hands the positions over in this form,
-    which no padding mask has at that point (they are bool).
+    Under tracing nobody can look whether a row holds several sequences. Transformers assumes so where
+    there is no cache, and wraps the pattern into a function that hides which pattern it was; with an
+    empty cache it assumes the contrary. So the hook on `_preprocess_mask_arguments` takes the
+    assumption back and hands the positions over in this form, which no padding mask has at that point
+    (they are bool).
+
+    Args:
+        position_ids: (batch or 1, query).
+        batch_size: rows of the batch.
+        is_packed: whether each jump of the positions starts a sequence; else only where they all
+            start again, see `packed_rows`.
     """
+    if not is_packed:
+        index = torch.arange(position_ids.shape[1], device=position_ids.device)
+        position_ids = torch.where(_start_again(position_ids), position_ids, index)
     return position_ids.expand(batch_size, -1).to(torch.int32) + 1
 
 
@@ -399,11 +409,9 @@ def packed_rows(position_ids: Tensor) -> KeyRanges | None:
         positions jump to anything else. Under tracing never `None`, which would need a look at data.
     """
     length = position_ids.shape[1]
-    restart = torch.ones_like(position_ids, dtype=torch.bool)
-    restart[:, 1:] = position_ids[:, 1:] - position_ids[:, :-1] != 1
-    inner = restart[:, 1:]
-    starts = (position_ids == 0) | (position_ids == position_ids[:, :1])
-    packed = inner.any() & (starts[:, 1:] | ~inner).all()
+    restart = _jumps(position_ids)
+    restart[:, 0] = True
+    packed = _start_again(position_ids)
     tracing = torch.compiler.is_compiling()
     if not tracing and not bool(packed):
         return None
@@ -416,6 +424,18 @@ def packed_rows(position_ids: Tensor) -> KeyRanges | None:
     if tracing:
         start, end = torch.where(packed, start, 0), torch.where(packed, end, length)
     return KeyRanges(start.to(torch.int32), end.to(torch.int32))
+
+
+def _jumps(position_ids: Tensor) -> Tensor:
+    """Where a position does not follow the one before it, bool."""
+    return torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=1) != 1
+
+
+def _start_again(position_ids: Tensor) -> Tensor:
+    """Whether positions jump, and only to the start of a sequence, bool scalar."""
+    jumps = _jumps(position_ids)
+    starts = (position_ids == 0) | (position_ids == position_ids[:, :1])
+    return jumps.any() & (starts | ~jumps).all()
 
 
 def intersect(one: KeyRanges, other: KeyRanges) -> KeyRanges:

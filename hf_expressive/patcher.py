@@ -23,6 +23,8 @@ from .discovery import AttentionModule, attention_modules, foreign_modules
 from .registry import CHILD, MECHANISMS, options_of
 
 Children = list[tuple[AttentionModule, Mechanism]]
+#: Attribute of a model under construction: the mechanism that all of it is to run.
+_WHOLE = "_hf_expressive_whole"
 
 
 class ForeignAttentionError(ValueError):
@@ -117,6 +119,12 @@ def prepare(model: PreTrainedModel) -> None:
         ForeignAttentionError: a part that is asked to run a mechanism cannot.
         ValueError: options do not fit.
     """
+    if (name := model.__dict__.get(_WHOLE)) is not None:
+        # Some models build parts from configs beside their own, or let a part's constructor reset it.
+        for part in submodels(model):
+            part.config._attn_implementation_internal = name
+            if getattr(model.config, SECTION) is not None:
+                part.config.__dict__.setdefault(SECTION, getattr(model.config, SECTION))
     wanted = [f for f in attention_modules(model) if implementation(f.owner) in MECHANISMS]
     foreign = [f for f in foreign_modules(model) if implementation(f.owner) in MECHANISMS]
     if foreign:
@@ -130,8 +138,15 @@ def prepare(model: PreTrainedModel) -> None:
         check_layers(of_owner, options)
         children += make_children(missing, options)
     add_children(children)
+    model.__dict__.pop(_WHOLE, None)
     if implementation(model) in MECHANISMS:
         record(model.config, options_of(model.config, implementation(model)))
+
+
+def note_whole(model: PreTrainedModel, name: str) -> None:
+    """Notes at the start of a constructor whether all of the model is to run one mechanism."""
+    if all(part._attn_implementation in (name, None) for part in configs_of(model.config)):
+        setattr(model, _WHOLE, name)
 
 
 def record(config: PreTrainedConfig, options: MechanismConfig) -> None:

@@ -289,7 +289,9 @@ def share_of(attention_mask: Tensor | None) -> SequenceShare | None:
     """
     softmax = torch.nn.functional.scaled_dot_product_attention
     # `torch.compile` can compare functions, but not ask where they come from.
-    if softmax is not _SOFTMAX and getattr(softmax, "__module__", "").startswith("torch.distributed."):
+    if softmax is not _SOFTMAX and getattr(softmax, "__module__", "").startswith(
+        "torch.distributed."
+    ):
         raise RuntimeError(
             "the context parallelism of PyTorch and Accelerate reaches softmax attention only, and this "
             "model's attention would see a part of the sequence; use hf_expressive.context_parallel "

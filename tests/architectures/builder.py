@@ -164,16 +164,25 @@ def family(model: PreTrainedModel) -> str:
     return "other"
 
 
+def _reach(model: PreTrainedModel, choice: str) -> None:
+    """Gives `choice` to the parts that Transformers does not give it to (the package does)."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.config._attn_implementation_internal = choice
+
+
 def build(
     name: str,
     attn_implementation: str | dict[str, Any] = "eager",
     seed: int = 0,
     whole: bool = False,
+    options: Any = None,
 ) -> Case:
     """Build architecture `name` tiny, on CPU, in float32 and evaluation mode.
 
     The weights depend on `seed` only.
     Parts that cannot take an attention implementation (`KEEP_EAGER`) stay eager, unless `whole`.
+    `options` are those of a mechanism.
     """
     torch.manual_seed(seed)
     cls = model_class(name)
@@ -181,6 +190,9 @@ def build(
     choice: Any = attn_implementation
     if name in KEEP_EAGER and not whole and isinstance(choice, str):
         choice = _per_part(config, attn_implementation, KEEP_EAGER[name])
-    model = cls._from_config(config, attn_implementation=choice, dtype=torch.float32)
+    more = {} if options is None else {"hf_expressive": options}
+    model = cls._from_config(config, attn_implementation=choice, dtype=torch.float32, **more)
+    if isinstance(choice, str):
+        _reach(model, choice)
     _randomise(model, seed, NOISE.get(name, 1.0))
     return Case(name, family(model), model.eval())

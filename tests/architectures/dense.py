@@ -5,6 +5,7 @@ functions do. The response to the score is selectable:
 
     exp     w = exp(z)            reproduces each model's eager softmax
     hill    w = z² / (1 + z²)     expressive attention
+    kernel  w = (z² + ε) · exp(‖k‖²/(2√d))    z = φ(q)·φ(k), a learned spectral kernel
 
 with z = softcap(scaling · q·k). Everything additive in softmax attention (float masks, position
 biases) multiplies the weight by its exponential, a sink s adds exp(s) to the row sum, a hidden key
@@ -23,6 +24,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 SOFTMAX = "dense_exp"
 EXPRESSIVE = "dense_hill"
+KERNEL = "dense_kernel"
 BOOLEAN = "_boolean"
 
 # Arguments that models pass along and that do not change what attention computes: caller's options,
@@ -78,6 +80,27 @@ def _normalised_hill(score: Tensor, bias: Tensor, visible: Tensor, sink: Tensor 
     return weight / torch.where(total > 0, total, torch.ones_like(total))
 
 
+def _normalised_square(score: Tensor, bias: Tensor, visible: Tensor, sink: Tensor | None) -> Tensor:
+    # A row that sees no key is empty; softmax would spread its weight evenly.
+    return _normalised_exp((score.square() + 1e-5).log(), bias, visible & (bias > -9000), sink)
+
+
+def _spectral(module: nn.Module, query: Tensor, key: Tensor, scaling: float) -> Any:
+    """Features of queries and keys, (B, H, Q, 2M) and (B, K, N, 2M), and log-magnitudes (B, K, 1, N).
+
+    φ(x) = [cos 2πW₁x + cos 2πW₂x ; sin 2πW₁x + sin 2πW₂x]/(2√M), and lengths such that scaling = d^-½.
+    """
+    weight = module.mechanism.kernel.density.weight.to(query.dtype)  # type: ignore[union-attr]
+    stretch = (scaling * query.shape[-1] ** 0.5) ** 0.5
+    features = []
+    for x in (query, key):
+        heads = weight.repeat_interleave(x.shape[1] // weight.shape[0], dim=0)
+        phase = 2 * torch.pi * torch.einsum("bhnd,hsdm->bhsnm", x * stretch, heads)
+        both = torch.cat([phase.cos().sum(dim=2), phase.sin().sum(dim=2)], dim=-1)
+        features.append(both / (2 * weight.shape[-1] ** 0.5))
+    return *features, (key.square().sum(dim=-1) * (scaling / 2))[:, :, None]
+
+
 def _dense_attention(
     normalised: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
 ) -> Callable[..., Any]:
@@ -105,6 +128,12 @@ def _dense_attention(
                 f"{type(module).__name__} passes unknown arguments to attention: {sorted(unknown)}"
             )
         heads, keys = query.shape[1], key.shape[2]
+        magnitude = query.new_zeros(())
+        if normalised is _normalised_square:
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            query, key, magnitude = _spectral(module, query, key, scaling)
+            magnitude = magnitude.repeat_interleave(heads // magnitude.shape[1], dim=1)
+            scaling = 1.0
         key = key.repeat_interleave(heads // key.shape[1], dim=1)
         value = value.repeat_interleave(heads // value.shape[1], dim=1)
 
@@ -114,7 +143,7 @@ def _dense_attention(
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
 
-        bias = score.new_zeros(())
+        bias = magnitude
         visible = torch.ones((), dtype=torch.bool, device=score.device)
         if position_bias is not None:
             bias = bias + position_bias
@@ -144,9 +173,21 @@ def _boolean_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     )
 
 
+def switch(model: nn.Module, before: str, after: str) -> None:
+    """Runs every part of a model that runs `before` on `after`."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation_internal", None) == before:
+            config._attn_implementation_internal = after  # type: ignore[union-attr]
+
+
 def register() -> None:
     """Make both names known with dense float masks; with `_boolean` appended, with boolean ones."""
-    for name, normalised in ((SOFTMAX, _normalised_exp), (EXPRESSIVE, _normalised_hill)):
+    for name, normalised in (
+        (SOFTMAX, _normalised_exp),
+        (EXPRESSIVE, _normalised_hill),
+        (KERNEL, _normalised_square),
+    ):
         for suffix, mask in (("", eager_mask), (BOOLEAN, _boolean_mask)):
             AttentionInterface.register(name + suffix, _dense_attention(normalised))
             AttentionMaskInterface.register(name + suffix, mask)

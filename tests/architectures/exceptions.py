@@ -384,3 +384,23 @@ BOOLEAN_MASK: set[str] = {"nemotron_asr_streaming"}
 
 # Models whose attention mask is more than a padding of text.
 NO_PADDING: set[str] = {"esmfold2"}
+
+# Models whose code computes in float32 whatever their dtype.
+SINGLE_PRECISION: set[str] = {"esmfold2", "inkling2", "kosmos2", "timesfm"}
+
+# Architectures without a spectral kernel with learned frequencies, which needs the size of a head when
+# the model is built and has no logit to cap.
+NO_SPECTRAL_KERNEL: dict[str, str] = {
+    "conditional_detr": "cross-attention concatenates two keys into one of twice the head's size",
+    "florence2": "channel attention: the size of a head is the number of tokens",
+    "gemma2": "caps logits",
+    "t5gemma": "caps logits",
+    "vaultgemma": "caps logits",
+    "videoprism": "caps logits",
+}
+
+# Outputs at positions that see no key: zero by contract, where softmax spreads its weight evenly.
+BLIND: dict[str, tuple[str, ...]] = {
+    "timesfm": (".last_hidden_state",),
+    "timesfm2_5": (".last_hidden_state",),
+}
