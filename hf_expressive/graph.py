@@ -206,17 +206,20 @@ class ImplicitKernelGATConv(Regularized, MessagePassing):
         self, x_i: Tensor, x_j: Tensor, index: Tensor, ptr: Tensor | None, dim_size: int | None
     ) -> Tensor:
         """Weights (edges, heads), normalised over the edges of a target node."""
-        edges = torch.cat([x_i, x_j], dim=-1).transpose(0, 1)[None]
-        vector = torch.cat([self.att_dst, self.att_src], dim=-1).transpose(0, 1)[None]
-        logit = self._log_weight(vector, edges)[0].transpose(0, 1).to(x_j.dtype)
+        # As in attention: scores in float32 or wider, whatever the dtype of the features.
+        dtype = torch.promote_types(x_j.dtype, torch.float32)
+        edges = torch.cat([x_i, x_j], dim=-1).transpose(0, 1)[None].to(dtype)
+        vector = torch.cat([self.att_dst, self.att_src], dim=-1).transpose(0, 1)[None].to(dtype)
+        with torch.autocast(x_j.device.type, enabled=False):
+            logit = self._log_weight(vector, edges)[0].transpose(0, 1)
         logit = nn.functional.leaky_relu(logit, self.negative_slope)
-        alpha = softmax(logit, index, ptr, dim_size)
+        alpha = softmax(logit, index, ptr, dim_size).to(x_j.dtype)
         return nn.functional.dropout(alpha, self.dropout, self.training)
 
     def _log_weight(self, vector: Tensor, edges: Tensor) -> Tensor:
         """e, (1, heads, edges), from a (1, heads, 1, d) and x (1, heads, edges, d)."""
         options, scale = self.options, self.scale
-        exponent = 1 + self.log_exponent.exp() if options.p == "learned" else options.p
+        exponent = 1 + self.log_exponent.float().exp() if options.p == "learned" else options.p
         # 2√d in the paper; the published code has 2·d^¼.
         factor = edges.shape[-1] ** 0.25 if options.authors_code else 1.0
         magnitude = log_magnitude(edges, exponent, scale * factor)

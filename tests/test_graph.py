@@ -225,6 +225,22 @@ def test_a_sparse_matrix_is_refused() -> None:
             layer(x, adjacency)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_scores_keep_their_precision_in_bfloat16(kernel: str) -> None:
+    """The weights of features in half precision are those of the same numbers in float32, rounded."""
+    _, edges = random_graph()
+    rough = moved(ImplicitKernelGATConv(5, 4, options(kernel), heads=2)).bfloat16()
+    exact = copy.deepcopy(rough).float()
+    x = torch.randn(11, 2, 4).bfloat16()
+    given = (x[edges[1]], x[edges[0]])
+    expected = exact.edge_update(given[0].float(), given[1].float(), edges[1], None, 11)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = rough.edge_update(*given, edges[1], None, 11)
+    assert weights.dtype == torch.bfloat16
+    assert largest_error(weights, expected) < 2**-8
+
+
 def communities(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Two groups of nodes with edges mostly within; features tell little of the group."""
     generator = torch.Generator().manual_seed(seed)
