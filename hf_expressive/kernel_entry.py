@@ -97,10 +97,14 @@ def _options(config: Any) -> tuple[float | None, float]:
     if not isinstance(section, Mapping) or section.get("mechanism") != "expressive":
         raise ValueError(f"this kernel runs expressive attention only; {_PACKAGE}")
     scale, power = section.get("scale", "module"), section.get("power", 1.0)
-    if section.get("sink"):
-        raise ValueError(f"this kernel has no learned sinks; {_PACKAGE}")
     if section.get("softmax_layers") or section.get("softmax_heads"):
         raise ValueError(f"this kernel runs no hybrids with softmax attention; {_PACKAGE}")
+    # Whatever else there is, and will be, is off or has nothing to do where it has this value.
+    neutral = {"sink": False, "gain": 1.0}
+    read = {"mechanism", "version", "scale", "power", "softmax_layers", "softmax_heads"}
+    for name, value in section.items():
+        if name not in read and (name not in neutral or value != neutral[name]):
+            raise ValueError(f"this kernel has no {name}={value!r}; {_PACKAGE}")
     if not (scale == "module" or isinstance(scale, int | float)):
         raise ValueError(f"this kernel has no scale={scale!r}; {_PACKAGE}")
     return (None if scale == "module" else float(scale)), float(power)

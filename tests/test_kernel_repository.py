@@ -193,11 +193,18 @@ def call(config: Any, **keywords: Any) -> torch.Tensor:
         ({"mechanism": "expressive", "scale": "learned"}, "has no scale='learned'"),
         ({"mechanism": "expressive", "softmax_layers": [0]}, "runs no hybrids"),
         ({"mechanism": "expressive", "softmax_heads": 1}, "runs no hybrids"),
+        ({"mechanism": "expressive", "sink": True}, "has no sink=True"),
+        ({"mechanism": "expressive", "of a later version": 1}, "has no of a later version=1"),
     ],
 )
 def test_entry_refuses_what_needs_the_package(section: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"{message}.*pip install hf-expressive"):
         call(SimpleNamespace(hf_expressive=section))
+
+
+def test_entry_knows_every_option_of_the_package() -> None:
+    """Defaults of all options are fine with it: a new one is missing in its list."""
+    call(SimpleNamespace(hf_expressive=ExpressiveConfig().to_dict()))
 
 
 def test_entry_ignores_no_keyword() -> None:
