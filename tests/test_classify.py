@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 sys.path.insert(0, str(RECIPES))
 
 import classify as recipe
+import loop
 import supervised
 from arguments import Attention
 from reporting import Record
@@ -120,7 +121,7 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     [
         ({"warmup_steps": -1}, "--warmup_steps must be at least 0"),
         ({"weight_decay": -0.1}, "--weight_decay must be at least 0"),
-        ({"max_grad_norm": 0.0}, "--max_grad_norm must be positive"),
+        ({"max_grad_norm": -1.0}, "--max_grad_norm must be"),
         ({"batch_size": 0}, "--batch_size must be at least 1"),
         ({"seeds": [2, 2]}, "--seeds must be different numbers"),
         ({"attention": ["expressive:pow=2"]}, "unknown option pow"),
@@ -236,7 +237,7 @@ def test_checkpoint_keeps_its_weights_and_gets_the_mechanism(tmp_path: Path) -> 
 
 def test_weight_decay_spares_biases_norms_and_mechanisms(tmp_path: Path) -> None:
     model = task(tmp_path).build(Attention.parse("implicit_kernel:kernel=direct"))
-    decayed, kept = supervised.parameter_groups(model, 0.3)
+    decayed, kept = loop.parameter_groups(model, 0.3)
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
