@@ -122,7 +122,8 @@ def train_with_trainer(words: Sequence[str]) -> None:
 
 def measure(cases: Sequence[str], rows: int, steps: int, options: Sequence[str]) -> dict[str, Any]:
     """Curves of all cases; those that fit beside each other run at the same time."""
-    free = [str(i) for i in range(torch.cuda.device_count())]
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    free = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
     waiting, running, found = list(cases), {}, {}
     while waiting or running:
         for case in list(waiting):

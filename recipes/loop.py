@@ -24,7 +24,7 @@ from accelerate.utils import LoggerType
 from arguments import option, require, require_at_least
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import get_scheduler
+from transformers import PreTrainedTokenizerBase, get_scheduler
 from transformers.utils.logging import disable_progress_bar
 
 from hf_expressive import auxiliary_loss
@@ -139,6 +139,21 @@ def adamw(
     return optimizer, schedule
 
 
+def save_trained(
+    accelerator: Accelerator,
+    model: nn.Module,
+    where: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> int:
+    """Saves a prepared model, whole, with its tokenizer; returns its number of parameters."""
+    plain: Any = accelerator.unwrap_model(model)
+    state = accelerator.get_state_dict(model)
+    plain.save_pretrained(where, is_main_process=accelerator.is_main_process, state_dict=state)
+    if tokenizer is not None and accelerator.is_main_process:
+        tokenizer.save_pretrained(where)
+    return plain.num_parameters()
+
+
 class Checkpoints:
     """Complete states of a run in `folder`/step-<number>, the newest `keep` of them.
 
@@ -240,7 +255,9 @@ class Loop:
         self.seconds = self.training_seconds = 0.0
         self._losses: list[float] = []
         self._noted = (0, 0.0)
-        accelerator.register_for_checkpointing(self, schedule)
+        self._shown: dict[str, str] = {}
+        if checkpoints is not None:
+            accelerator.register_for_checkpointing(self, schedule)
 
     # What a checkpoint holds of the loop itself.
     _STATE = ("step", "curve", "seconds", "training_seconds", "_losses", "_noted")
@@ -336,10 +353,7 @@ class Loop:
                 "--learning_rate or --max_grad_norm."
             )
         self._losses += [value] * batches
-        shown = {"loss": f"{value:.4f}"}
-        if "loss" in self.curve:
-            shown["validation"] = f"{self.curve['loss'][-1]:.4f}"
-        self._bar.set_postfix(shown, refresh=False)
+        self._bar.set_postfix({"loss": f"{value:.4f}", **self._shown}, refresh=False)
 
     def _note(self, clock: _Clock) -> None:
         """Measures, and enters the result into curve and trackers."""
@@ -348,6 +362,9 @@ class Loop:
         with torch.no_grad():
             values = self.measure(self.model)
         self.model.train()
+        self._shown = {
+            "validation" if key == "loss" else key: f"{value:.4f}" for key, value in values.items()
+        }
         step, seconds = self._noted
         if self._losses:
             values["train_loss"] = sum(self._losses) / len(self._losses)
@@ -365,6 +382,7 @@ class Loop:
             column.append(value)
         logged = {f"{self.title}/{key}": value for key, value in values.items()}
         self.accelerator.log(logged, step=self.step)
+        self._bar.set_postfix(self._shown)
         self.noted(self)
         clock.skip(measured=True)
 

@@ -20,35 +20,23 @@ number of steps are ours.
 
 from __future__ import annotations
 
-import sys
-import time
-from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import evaluate
 import numpy as np
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
-from arguments import ATTENTION_HELP, Attention, option, parse, require, require_at_least
+from accelerate import Accelerator
+from arguments import Attention, option, parse, require, require_at_least
 from datasets import Dataset, DatasetDict, Features, List, Value
 from numpy.typing import NDArray
-from reporting import Record, Run, environment, plot, print_table
-from rich.console import Console
+from supervised import Batch, OutputOptions, Task, TrainingOptions, compare, start
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, RandomSampler
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils.logging import disable_progress_bar
-
-from hf_expressive.auxiliary import auxiliary_loss
-from hf_expressive.hub import render_card
-from hf_expressive.registry import MECHANISMS
 
 METRIC = str(Path(__file__).parent / "metrics" / "masked_accuracy")
 
@@ -121,65 +109,17 @@ class ModelOptions:
 
 
 @dataclass
-class TrainingOptions:
-    _argument_group_name: ClassVar[str] = "training"
-
-    attention: list[str] = field(
-        default_factory=lambda: ["sdpa", "expressive"], metadata={"help": ATTENTION_HELP}
-    )
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2],
-        metadata={"help": "one run of each kind of attention for each of these"},
-    )
+class NTTraining(TrainingOptions):
     steps: int = option(1000, "optimiser steps of a run")
     batch_size: int = option(256, "sequences in a step, over all processes and accumulated batches")
-    gradient_accumulation_steps: int = option(1, "batches that a step is put together from")
-    learning_rate: float = option(2e-3, "of Adam, constant")
-    evaluate_every: int = option(25, "steps between two measurements")
-
-    def __post_init__(self) -> None:
-        require_at_least(
-            self, 1, "steps", "batch_size", "gradient_accumulation_steps", "evaluate_every"
-        )
-        require(
-            self.learning_rate > 0, f"--learning_rate must be positive, got {self.learning_rate}."
-        )
-        require(
-            len(set(self.seeds)) == len(self.seeds) and min(self.seeds) >= 0,
-            f"--seeds must be different numbers ≥ 0, got {' '.join(map(str, self.seeds))}.",
-        )
-        Attention.parse_all(self.attention)
-
-
-@dataclass
-class OutputOptions:
-    _argument_group_name: ClassVar[str] = "output"
-
-    output_dir: str = option("outputs/nt_prediction", "folder for results, picture and models")
-    overwrite: bool = option(False, "replace the results that the output folder already holds")
-    report_to: str = option(
-        "none", "tracker of Accelerate (tensorboard, wandb, …), all that are installed, or none"
+    learning_rate: float = option(2e-3, "of Adam, at its highest")
+    schedule: str = option("constant_with_warmup", "how it goes on after the warm-up, by its name")
+    warmup_steps: int = option(0, "steps in which the learning rate rises from 0")
+    weight_decay: float = option(0.0, "of weight matrices")
+    max_grad_norm: float = option(
+        0.0, "longer gradients are shortened to this length; 0 leaves them"
     )
-
-    def __post_init__(self) -> None:
-        installed = [kind.value for kind in get_available_trackers()]
-        require(
-            self.report_to in ("none", "all", *installed),
-            "--report_to must be none, all or an installed tracker "
-            f"({', '.join(installed) or 'there is none'}); got {self.report_to!r}.",
-        )
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What all runs share."""
-
-    accelerator: Accelerator
-    metric: evaluate.EvaluationModule
-    folder: Path
-    task: TaskOptions
-    model: ModelOptions
-    training: TrainingOptions
+    evaluate_every: int = option(25, "steps between two measurements")
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -216,17 +156,6 @@ def nt_dataset(task: TaskOptions, seed: int) -> DatasetDict:
             for split, part in splits.items()
         }
     ).with_format("torch")
-
-
-def loader(split: Dataset, batch_size: int, steps: int | None = None) -> DataLoader[Tensor]:
-    """Batches (batch, length): the split once in order, or `steps` batches in random order.
-
-    The random order runs through the whole split before a sequence comes again.
-    """
-    # One tensor, since picking rows out of a table would take longer than a training step.
-    rows: Any = split[:]["input_ids"]
-    sampler = None if steps is None else RandomSampler(rows, num_samples=steps * batch_size)
-    return DataLoader(rows, batch_size=batch_size, sampler=sampler)
 
 
 # ---- model ---------------------------------------------------------------------------------------
@@ -271,127 +200,65 @@ def determined_loss(logits: Tensor, rows: Tensor, delay: int) -> Tensor:
     return cross_entropy(predictions, rows[:, delay:], reduction="none").mean(dim=1)
 
 
-@torch.no_grad()
-def measure(
-    experiment: Experiment, model: nn.Module, validation: DataLoader[Tensor]
-) -> dict[str, float]:
-    """`loss` and `accuracy` on the determined symbols of a split, the same on every process."""
-    delay, metric = experiment.task.delay, experiment.metric
-    losses = []
-    model.eval()
-    for rows in validation:
-        logits = model(input_ids=rows, use_cache=False).logits
-        references = rows[:, 1:].clone()
-        references[:, : delay - 1] = IGNORED
-        loss, predicted, true = experiment.accelerator.gather_for_metrics(
-            (determined_loss(logits, rows, delay), logits[:, :-1].argmax(-1), references)
-        )
-        losses.append(loss)
-        metric.add_batch(predictions=predicted.cpu().numpy(), references=true.cpu().numpy())
-    accuracy = metric.compute(ignore_index=IGNORED)["accuracy"]
-    return {"loss": torch.cat(losses).mean().item(), "accuracy": accuracy}
+# ---- the task ------------------------------------------------------------------------------------
 
 
-# ---- runs ----------------------------------------------------------------------------------------
+class NTPrediction(Task):
+    """One NT(N, τ) task; the data of a run are drawn from its seed."""
 
+    name = "nt_prediction"
+    auto_class = AutoModelForCausalLM
+    metric_key = "accuracy"
 
-def train(experiment: Experiment, data: DatasetDict, attention: Attention, seed: int) -> Run:
-    """Trains one model, measures it on the way and saves it."""
-    accelerator, training = experiment.accelerator, experiment.training
-    delay = experiment.task.delay
-    set_seed(seed)
-    model: Any = attention.causal_lm(model_config(experiment.model, experiment.task))
-    parts = training.gradient_accumulation_steps
-    model, optimizer, batches, validation = accelerator.prepare(
-        model,
-        torch.optim.Adam(model.parameters(), lr=training.learning_rate),
-        loader(data["train"], training.batch_size // parts, training.steps * parts),
-        loader(data["validation"], training.batch_size),
-    )
+    def __init__(self, task: TaskOptions, model: ModelOptions) -> None:
+        self.task, self.model = task, model
+        self.metric = evaluate.load(METRIC, keep_in_memory=True)
 
-    title = f"{attention.text} seed {seed}"
-    curve: dict[str, list[float]] = defaultdict(list)
-    bar = tqdm(
-        total=training.steps,
-        desc=title,
-        unit="step",
-        dynamic_ncols=True,
-        mininterval=1.0,
-        disable=not accelerator.is_main_process,
-    )
+    @property
+    def title(self) -> str:
+        return f"nt-{self.task.basis}-{self.task.delay}"
 
-    def note(step: int) -> dict[str, float]:
-        values = measure(experiment, model, validation)
-        for key, value in {"step": step, **values}.items():
-            curve[key].append(value)
-        accelerator.log({f"{title}/{key}": value for key, value in values.items()}, step=step)
-        bar.set_postfix({key: f"{value:.4f}" for key, value in values.items()}, refresh=False)
-        return values
+    def draw(self, seed: int) -> None:
+        self.splits = nt_dataset(self.task, seed)
 
-    start = time.perf_counter()
-    final = note(0)
-    step = 0
-    for rows in batches:
-        model.train()
-        with accelerator.accumulate(model):
+    def build(self, attention: Attention) -> PreTrainedModel:
+        return attention.causal_lm(model_config(self.model, self.task))
+
+    def collate(self, rows: Sequence[Any]) -> Batch:
+        return {"input_ids": torch.stack(list(rows))}
+
+    def loader(self, split: str, batch_size: int, steps: int | None = None) -> DataLoader[Any]:
+        # One tensor, since picking rows out of a table would take longer than a training step.
+        rows: Any = self.splits[split][:]["input_ids"]
+        sampler = None if steps is None else RandomSampler(rows, num_samples=steps * batch_size)
+        return DataLoader(rows, batch_size=batch_size, sampler=sampler, collate_fn=self.collate)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+        return determined_loss(logits, batch["input_ids"], self.task.delay)
+
+    def measure(
+        self, accelerator: Accelerator, model: nn.Module, validation: Iterable[Batch]
+    ) -> dict[str, float]:
+        """`loss` and `accuracy` on the determined symbols."""
+        delay, losses = self.task.delay, []
+        for batch in validation:
+            rows = batch["input_ids"]
             logits = model(input_ids=rows, use_cache=False).logits
-            # The regulariser of a mechanism that has one belongs to the data set as a whole.
-            regulariser = auxiliary_loss(model) / experiment.task.train_size
-            accelerator.backward(determined_loss(logits, rows, delay).mean() + regulariser)
-            optimizer.step()
-            optimizer.zero_grad()
-        if accelerator.sync_gradients:
-            step += 1
-            bar.update()
-            if step % training.evaluate_every == 0 or step == training.steps:
-                final = note(step)
-    seconds = time.perf_counter() - start
-    bar.close()
+            references = rows[:, 1:].clone()
+            references[:, : delay - 1] = IGNORED
+            loss, predicted, true = accelerator.gather_for_metrics(
+                (determined_loss(logits, rows, delay), logits[:, :-1].argmax(-1), references)
+            )
+            losses.append(loss)
+            self.metric.add_batch(
+                predictions=predicted.cpu().numpy(), references=true.cpu().numpy()
+            )
+        accuracy = self.metric.compute(ignore_index=IGNORED)["accuracy"]
+        return {"loss": torch.cat(losses).mean().item(), "accuracy": accuracy}
 
-    folder = experiment.folder / f"{attention.file_name}-seed{seed}"
-    plain = accelerator.unwrap_model(model)
-    plain.save_pretrained(
-        folder,
-        is_main_process=accelerator.is_main_process,
-        state_dict=accelerator.get_state_dict(model),
-    )
-    parameters = plain.num_parameters()
-    accelerator.free_memory(model, optimizer, batches, validation)
-    accelerator.wait_for_everyone()
-    return Run(
-        variant=attention.text,
-        attention=attention.section,
-        seed=seed,
-        parameters=parameters,
-        seconds=seconds,
-        curve=dict(curve),
-        final=final,
-        folder=folder.name,
-    )
-
-
-def reload(experiment: Experiment, run: Run) -> PreTrainedModel:
-    """Loads a saved model as any user would, and measures it again.
-
-    Raises:
-        RuntimeError: the loaded model runs another attention, or its accuracy differs.
-    """
-    accelerator = experiment.accelerator
-    folder = experiment.folder / str(run.folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    loaded, trained = model.config._attn_implementation, run.attention["mechanism"]
-    if loaded != trained:
-        raise RuntimeError(f"{folder} was trained with {trained} attention, but loads as {loaded}.")
-    split = nt_dataset(experiment.task, run.seed)["validation"]
-    validation = accelerator.prepare(loader(split, experiment.training.batch_size))
-    prepared = accelerator.prepare_model(model, evaluation_mode=True)
-    again = measure(experiment, prepared, validation)["accuracy"]
-    if again != run.final["accuracy"]:
-        raise RuntimeError(
-            f"{folder} had accuracy {run.final['accuracy']} when it was saved, but {again} when "
-            "loaded again."
-        )
-    return accelerator.unwrap_model(prepared)
+    def describe(self) -> dict[str, Any]:
+        return describe(self.task)
 
 
 def describe(task: TaskOptions) -> dict[str, Any]:
@@ -437,80 +304,14 @@ def describe(task: TaskOptions) -> dict[str, Any]:
     }
 
 
-def about(folder: Path, task: TaskOptions, model: ModelOptions, runs: list[Run]) -> dict[str, Any]:
-    """What the card of the first model with a mechanism tells beyond the record."""
-    for run in runs:
-        if run.attention["mechanism"] in MECHANISMS:
-            kind = str(run.folder).removesuffix(f"-seed{run.seed}")
-            return {
-                "architecture": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model.architecture],
-                "variant": run.variant,
-                "seed": run.seed,
-                "name": f"nt-{task.basis}-{task.delay}-{kind}",
-                "model_id": (folder / str(run.folder)).as_posix(),
-            }
-    return {}
-
-
 def main() -> None:
     task, model, training, output = parse(
-        [TaskOptions, ModelOptions, TrainingOptions, OutputOptions], "nt_prediction.py", __doc__
+        [TaskOptions, ModelOptions, NTTraining, OutputOptions], "nt_prediction.py", __doc__
     )
-    disable_progress_bar()  # Transformers' bars for files of a few kilobytes
-    folder = Path(output.output_dir)
-    results, picture = folder / "results.json", folder / "accuracy.png"
-    if results.exists() and not output.overwrite:
-        sys.exit(f"error: {results} exists; choose another --output_dir, or pass --overwrite.")
-    accelerator = Accelerator(
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        # A batch is divided among the processes, so that their number does not change the result.
-        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True),
-        log_with=None if output.report_to == "none" else output.report_to,
-        project_dir=folder,
-    )
-    parts = accelerator.num_processes * training.gradient_accumulation_steps
-    if training.batch_size % parts:
-        sys.exit(
-            f"error: --batch_size must be a multiple of {parts}, processes × accumulated batches; "
-            f"got {training.batch_size}."
-        )
-    settings = {
-        key: value for options in (task, model, training) for key, value in asdict(options).items()
-    }
-    # Trackers take no lists.
-    accelerator.init_trackers("nt_prediction", {key: str(value) for key, value in settings.items()})
+    accelerator, folder = start(NTPrediction.name, training, output)
     with accelerator.main_process_first():  # one process copies the metric into evaluate's cache
-        metric = evaluate.load(METRIC, keep_in_memory=True)
-    experiment = Experiment(accelerator, metric, folder, task, model, training)
-
-    runs = []
-    for seed in training.seeds:
-        data = nt_dataset(task, seed)
-        for attention in Attention.parse_all(training.attention):
-            runs.append(train(experiment, data, attention, seed))
-    record = Record(
-        recipe="nt_prediction",
-        task=describe(task),
-        settings=settings,
-        runs=runs,
-        environment=environment(accelerator),
-        card=about(folder, task, model, runs),
-    )
-    console = Console(quiet=not accelerator.is_main_process, soft_wrap=True)
-    if accelerator.is_main_process:
-        record.save(results)
-        plot(record, picture)
-        print_table(record, console)
-    for run in runs:
-        loaded = reload(experiment, run)
-        where = folder / str(run.folder)
-        console.print(f"{where}: loaded again, accuracy {run.final['accuracy']:.4f} as before")
-        if run.attention["mechanism"] in MECHANISMS and accelerator.is_main_process:
-            name = f"nt-{task.basis}-{task.delay}-{run.folder}"
-            card = render_card(loaded, results=record.to_dict(), seed=run.seed, name=name)
-            card.save(where / "README.md")
-    console.print(f"{results} and {picture} written")
-    accelerator.end_training()
+        nt = NTPrediction(task, model)
+    compare(accelerator, nt, training, folder, [task, model, training])
 
 
 if __name__ == "__main__":

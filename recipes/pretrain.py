@@ -25,11 +25,11 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from arguments import ATTENTION_HELP, Attention, option, parse, require, require_at_least
 from loop import (
     STOPPED,
@@ -40,6 +40,7 @@ from loop import (
     Stopped,
     TrainingOptions,
     adamw,
+    save_trained,
     start,
 )
 from reporting import Record, Run, environment, plot, print_table, write_text
@@ -121,7 +122,9 @@ class PretrainOptions(TrainingOptions):
     adam_betas: list[float] = field(
         default_factory=lambda: [0.9, 0.95], metadata={"help": "AdamW's two decay rates"}
     )
-    compile: bool = option(False, "torch.compile the model; needs --documents joined")
+    compile: Literal["no", "default", "reduce-overhead"] = option(
+        "no", "torch.compile the model, in this mode; needs --documents joined"
+    )
     log_every: int = option(10, "steps between two looks at the loss, and at a waiting signal")
     peak_tflops: float | None = option(
         None, "rate of one device for the model FLOPs utilisation, where it is not a known GPU"
@@ -197,8 +200,8 @@ def model_config(options: ModelOptions, text: Text) -> PreTrainedConfig:
     )
     # Made with them, not changed to them: other fields are derived from these.
     if options.config is not None:
-        return AutoConfig.from_pretrained(options.config, **sizes, **overrides)
-    return AutoConfig.for_model(options.architecture, **sizes, **overrides)
+        return AutoConfig.from_pretrained(options.config, **{**sizes, **overrides})
+    return AutoConfig.for_model(options.architecture, **{**sizes, **overrides})
 
 
 def flops_per_token(model: PreTrainedModel, length: int) -> float:
@@ -293,12 +296,16 @@ def pretrain(
     """
     set_seed(training.seed)
     attention = Attention.parse(model_options.attention)
-    model: Any = attention.causal_lm(model_config(model_options, text))
+    # Billions of random numbers are drawn faster where the model is going to be; one that is divided
+    # among devices may not fit there as a whole.
+    divided = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    with torch.device("cpu") if divided else accelerator.device:
+        model: Any = attention.causal_lm(model_config(model_options, text))
     if model_options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     parameters, flops = model.num_parameters(), flops_per_token(model, text.options.length)
-    if training.compile:
-        model.compile()
+    if training.compile != "no":
+        model.compile(mode=training.compile)
     parts = training.gradient_accumulation_steps
     micro = training.batch_size // parts
     order = text.order(micro, training.seed, training.steps * parts)
@@ -336,14 +343,7 @@ def pretrain(
 
     where = folder / "model"
     if output.save_model:
-        plain = accelerator.unwrap_model(model)
-        plain.save_pretrained(
-            where,
-            is_main_process=accelerator.is_main_process,
-            state_dict=accelerator.get_state_dict(model),
-        )
-        if accelerator.is_main_process:
-            text.tokenizer.save_pretrained(where)
+        save_trained(accelerator, model, where, text.tokenizer)
     return Run(
         variant=attention.text,
         attention=attention.section,
@@ -415,7 +415,7 @@ def main() -> None:
     text_options, model, training, output = parse(
         [TextOptions, ModelOptions, PretrainOptions, RunOptions], "pretrain.py", __doc__
     )
-    if training.compile and text_options.documents != "joined":
+    if training.compile != "no" and text_options.documents != "joined":
         sys.exit(
             "error: --compile cannot tell documents in a row apart; pass --documents joined too."
         )

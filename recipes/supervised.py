@@ -5,33 +5,39 @@ A recipe brings a `Task`: its batches, how a model is built, what a loss is, how
 
 from __future__ import annotations
 
-import sys
-import time
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
+import loop
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import LoggerType, set_seed
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from arguments import ATTENTION_HELP, Attention, option, require, require_at_least
 from datasets import Dataset, DatasetDict, load_dataset
+from loop import Batch, Loop, OutputOptions, adamw, save_trained, start
 from reporting import Record, Run, environment, plot, print_table
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
-from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_expressive.auxiliary import auxiliary_loss
 from hf_expressive.hub import render_card
 from hf_expressive.registry import MECHANISMS
 
-Batch = Mapping[str, Tensor]
+__all__ = [
+    "Batch",
+    "DataOptions",
+    "OutputOptions",
+    "Task",
+    "TrainingOptions",
+    "compare",
+    "read_file",
+    "read_splits",
+    "start",
+]
 
 
 @dataclass
@@ -73,9 +79,7 @@ class DataOptions:
 
 
 @dataclass
-class TrainingOptions:
-    _argument_group_name: ClassVar[str] = "training"
-
+class TrainingOptions(loop.TrainingOptions):
     attention: list[str] = field(
         default_factory=lambda: ["sdpa", "expressive"], metadata={"help": ATTENTION_HELP}
     )
@@ -83,28 +87,9 @@ class TrainingOptions:
         default_factory=lambda: [0, 1, 2],
         metadata={"help": "one run of each kind of attention for each of these"},
     )
-    steps: int = option(2000, "optimiser steps of a run")
-    batch_size: int = option(64, "texts in a step, over all processes and accumulated batches")
-    gradient_accumulation_steps: int = option(1, "batches that a step is put together from")
-    learning_rate: float = option(5e-4, "of AdamW, at its highest")
-    schedule: Literal["constant_with_warmup", "linear", "cosine", "inverse_sqrt"] = option(
-        "linear", "how the learning rate goes on after the warm-up"
-    )
-    warmup_steps: int = option(100, "steps in which the learning rate rises from 0")
-    weight_decay: float = option(
-        0.01, "of weight matrices; biases, norms and what a mechanism learns go without"
-    )
-    max_grad_norm: float = option(1.0, "longer gradients are shortened to this length")
-    evaluate_every: int = option(200, "steps between two measurements")
 
     def __post_init__(self) -> None:
-        require_at_least(
-            self, 1, "steps", "batch_size", "gradient_accumulation_steps", "evaluate_every"
-        )
-        require_at_least(self, 0, "warmup_steps", "weight_decay")
-        for name in ("learning_rate", "max_grad_norm"):
-            value = getattr(self, name)
-            require(value > 0, f"--{name} must be positive, got {value}.")
+        super().__post_init__()
         require(
             len(set(self.seeds)) == len(self.seeds) and min(self.seeds) >= 0,
             f"--seeds must be different numbers ≥ 0, got {' '.join(map(str, self.seeds))}.",
@@ -174,18 +159,26 @@ class Task(ABC):
 
     Attributes:
         name: of the recipe.
+        title: begins the names of its models; the recipe's name where a task says nothing else.
         auto_class: loads a saved model.
         metric_key: the quantity of `measure` that counts.
-        tokenizer: saved beside every model.
+        tokenizer: saved beside every model, where there is one.
         splits: tokenised `train` and `validation`.
     """
 
     name: str
     auto_class: Any
     metric_key: str
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None = None
     splits: DatasetDict
     base_model: str | None = None
+
+    @property
+    def title(self) -> str:
+        return self.name
+
+    def draw(self, seed: int) -> None:  # noqa: B027  (most tasks have nothing to do here)
+        """Makes ready what depends on the seed of a run."""
 
     @abstractmethod
     def build(self, attention: Attention) -> PreTrainedModel:
@@ -216,21 +209,6 @@ class Task(ABC):
         return DataLoader(rows, batch_size=batch_size, sampler=sampler, collate_fn=self.collate)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight matrices with decay, everything else without.
-
-    Frequencies, noise and exponents of a mechanism have no neutral zero to decay to.
-    """
-    decayed, kept = [], []
-    for name, parameter in model.named_parameters():
-        is_matrix = parameter.dim() >= 2 and ".mechanism." not in name
-        (decayed if is_matrix else kept).append(parameter)
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-
-
 def train(
     accelerator: Accelerator,
     task: Task,
@@ -241,72 +219,30 @@ def train(
 ) -> Run:
     """Trains one model, measures it on the way and saves it with its tokenizer."""
     set_seed(seed)
+    task.draw(seed)
     model: Any = task.build(attention)
+    optimizer, schedule = adamw(accelerator, model, training)
     parts = training.gradient_accumulation_steps
-    optimizer: Any = torch.optim.AdamW(
-        parameter_groups(model, training.weight_decay), lr=training.learning_rate
-    )
-    scheduler = get_scheduler(
-        training.schedule, optimizer, training.warmup_steps, num_training_steps=training.steps
-    )
     model, optimizer, batches, validation = accelerator.prepare(
         model,
         optimizer,
         task.loader("train", training.batch_size // parts, training.steps * parts),
         task.loader("validation", training.batch_size),
     )
-    title = f"{attention.text} seed {seed}"
-    curve: dict[str, list[float]] = defaultdict(list)
-    bar = tqdm(
-        total=training.steps,
-        desc=title,
-        unit="step",
-        dynamic_ncols=True,
-        disable=not accelerator.is_main_process,
+    run = Loop(
+        accelerator,
+        model,
+        optimizer,
+        schedule,
+        loss=lambda module, batch: task.losses(module, batch).mean(),
+        measure=lambda module: task.measure(accelerator, module, validation),
+        training=training,
+        title=f"{attention.text} seed {seed}",
+        samples=len(task.splits["train"]),
     )
-
-    def note(step: int) -> dict[str, float]:
-        model.eval()
-        with torch.no_grad():
-            values = task.measure(accelerator, model, validation)
-        for key, value in {"step": step, **values}.items():
-            curve[key].append(value)
-        accelerator.log({f"{title}/{key}": value for key, value in values.items()}, step=step)
-        bar.set_postfix({key: f"{value:.4f}" for key, value in values.items()})
-        return values
-
-    start = time.perf_counter()
-    final = note(0)
-    step = 0
-    for batch in batches:
-        model.train()
-        with accelerator.accumulate(model):
-            loss = task.losses(model, batch).mean()
-            # The regulariser of a mechanism that has one belongs to the data set as a whole.
-            accelerator.backward(loss + auxiliary_loss(model) / len(task.splits["train"]))
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        if accelerator.sync_gradients:
-            scheduler.step()
-            step += 1
-            bar.update()
-            if step % training.evaluate_every == 0 or step == training.steps:
-                final = note(step)
-    seconds = time.perf_counter() - start
-    bar.close()
-
+    final = run.run(batches)
     where = folder / f"{attention.file_name}-seed{seed}"
-    plain = accelerator.unwrap_model(model)
-    plain.save_pretrained(
-        where,
-        is_main_process=accelerator.is_main_process,
-        state_dict=accelerator.get_state_dict(model),
-    )
-    if accelerator.is_main_process:
-        task.tokenizer.save_pretrained(where)
-    parameters = plain.num_parameters()
+    parameters = save_trained(accelerator, model, where, task.tokenizer)
     accelerator.free_memory(model, optimizer, batches, validation)
     accelerator.wait_for_everyone()
     return Run(
@@ -314,8 +250,8 @@ def train(
         attention=attention.section,
         seed=seed,
         parameters=parameters,
-        seconds=seconds,
-        curve=dict(curve),
+        seconds=run.seconds,
+        curve=dict(run.curve),
         final=final,
         folder=where.name,
     )
@@ -334,8 +270,10 @@ def reload(
     loaded, trained = model.config._attn_implementation, run.attention["mechanism"]
     if loaded != trained:
         raise RuntimeError(f"{where} was trained with {trained} attention, but loads as {loaded}.")
-    if AutoTokenizer.from_pretrained(where).get_vocab() != task.tokenizer.get_vocab():
+    given = task.tokenizer
+    if given and AutoTokenizer.from_pretrained(where).get_vocab() != given.get_vocab():
         raise RuntimeError(f"{where} loads another vocabulary than it was trained with.")
+    task.draw(run.seed)
     validation = accelerator.prepare(task.loader("validation", training.batch_size))
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
     prepared.eval()
@@ -350,45 +288,19 @@ def reload(
     return accelerator.unwrap_model(prepared)
 
 
-@dataclass
-class OutputOptions:
-    _argument_group_name: ClassVar[str] = "output"
-
-    output_dir: str | None = option(None, "folder for results; without it outputs/<recipe>")
-    overwrite: bool = option(False, "replace the results that the output folder already holds")
-    report_to: str = option("none", "tracker of Accelerate (tensorboard, wandb, …), all, or none")
-
-    def __post_init__(self) -> None:
-        known = ["none", *(kind.value for kind in LoggerType)]
-        require(
-            self.report_to in known,
-            f"--report_to must be one of {', '.join(known)}; got {self.report_to!r}.",
-        )
-
-
-def start(name: str, training: TrainingOptions, output: OutputOptions) -> tuple[Accelerator, Path]:
-    """The accelerator and the output folder; ends the program if results would be lost."""
-    disable_progress_bar()  # Transformers' bars for files of a few kilobytes
-    folder = Path(output.output_dir or f"outputs/{name}")
-    if (folder / "results.json").exists() and not output.overwrite:
-        sys.exit(
-            f"error: {folder / 'results.json'} exists; choose another --output_dir, or pass "
-            "--overwrite."
-        )
-    accelerator = Accelerator(
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        # A batch is divided among the processes, so that their number does not change the result.
-        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True),
-        log_with=None if output.report_to == "none" else output.report_to,
-        project_dir=folder,
-    )
-    parts = accelerator.num_processes * training.gradient_accumulation_steps
-    if training.batch_size % parts:
-        sys.exit(
-            f"error: --batch_size must be a multiple of {parts}, processes × accumulated batches; "
-            f"got {training.batch_size}."
-        )
-    return accelerator, folder
+def about(task: Task, runs: Sequence[Run], folder: Path) -> dict[str, Any]:
+    """What the card of the first model with a mechanism tells beyond the record."""
+    for run in runs:
+        if run.attention["mechanism"] in MECHANISMS:
+            where = folder / str(run.folder)
+            return {
+                "architecture": AutoConfig.from_pretrained(where).architectures[0],
+                "variant": run.variant,
+                "seed": run.seed,
+                "name": f"{task.title}-{str(run.folder).removesuffix(f'-seed{run.seed}')}",
+                "model_id": where.as_posix(),
+            }
+    return {}
 
 
 def compare(
@@ -417,6 +329,7 @@ def compare(
         settings=settings,
         runs=runs,
         environment=environment(accelerator),
+        card=about(task, runs, folder),
     )
     results, picture = folder / "results.json", folder / f"{task.metric_key}.png"
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True)
@@ -434,7 +347,7 @@ def compare(
                 loaded,
                 results=record.to_dict(),
                 seed=run.seed,
-                name=f"{task.name}-{run.folder}",
+                name=f"{task.title}-{run.folder}",
                 base_model=task.base_model,
                 datasets=settings.get("dataset"),
             )

@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import evaluate
 import numpy as np
@@ -28,6 +29,7 @@ sys.path.insert(0, str(RECIPES))
 import arguments
 import nt_prediction as recipe
 import reporting
+import supervised
 
 SMALL = recipe.TaskOptions(basis=5, delay=3, length=11, train_size=70, validation_size=37)
 
@@ -71,13 +73,15 @@ def test_dataset_splits_share_no_sequence() -> None:
 
 def test_loader_runs_through_the_split_before_a_sequence_comes_again() -> None:
     split = recipe.nt_dataset(SMALL, seed=0)["train"]
-    batches = list(recipe.loader(split, batch_size=10, steps=9))
+    task = nt_task()
+    task.draw(0)
+    batches = [batch["input_ids"] for batch in task.loader("train", batch_size=10, steps=9)]
     assert [tuple(batch.shape) for batch in batches] == [(10, 11)] * 9
     rows = [tuple(row) for row in torch.cat(batches).tolist()]
     everything = {tuple(row.tolist()) for row in split[:]["input_ids"]}
     assert set(rows[:70]) == everything
     assert rows[:70] != [tuple(row.tolist()) for row in split[:]["input_ids"]]
-    in_order = torch.cat(list(recipe.loader(split, batch_size=32)))
+    in_order = torch.cat([batch["input_ids"] for batch in task.loader("train", batch_size=32)])
     assert torch.equal(in_order, split[:]["input_ids"])
 
 
@@ -150,26 +154,21 @@ class Oracle(nn.Module):
         return SimpleNamespace(logits=nn.functional.one_hot(symbols, self.basis).float())
 
 
-def experiment(folder: Path, task: recipe.TaskOptions = SMALL) -> recipe.Experiment:
-    return recipe.Experiment(
-        accelerator=Accelerator(cpu=True),
-        metric=evaluate.load(recipe.METRIC, keep_in_memory=True),
-        folder=folder,
-        task=task,
-        model=recipe.ModelOptions(width=8),
-        training=recipe.TrainingOptions(batch_size=16),
-    )
+def nt_task(task: recipe.TaskOptions = SMALL) -> recipe.NTPrediction:
+    return recipe.NTPrediction(task, recipe.ModelOptions(width=8))
 
 
-def test_measured_accuracy_counts_exactly_the_determined_symbols(tmp_path: Path) -> None:
-    measured = experiment(tmp_path)
-    split = recipe.nt_dataset(SMALL, seed=0)["validation"]
-    validation = recipe.loader(split, batch_size=16)
+def measure(task: recipe.NTPrediction, model: nn.Module, seed: int = 0) -> dict[str, float]:
+    task.draw(seed)
+    return task.measure(Accelerator(cpu=True), model, task.loader("validation", 16))
 
-    assert recipe.measure(measured, Oracle(5, 3), validation)["accuracy"] == 1.0
 
-    wrong = recipe.measure(measured, Oracle(5, 2), validation)
-    rows = split[:]["input_ids"].tolist()
+def test_measured_accuracy_counts_exactly_the_determined_symbols() -> None:
+    task = nt_task()
+    assert measure(task, Oracle(5, 3))["accuracy"] == 1.0
+
+    wrong = measure(task, Oracle(5, 2))
+    rows = task.splits["validation"][:]["input_ids"].tolist()
     right = [(row[t - 1] + row[t - 2]) % 5 == row[t] for row in rows for t in range(3, 11)]
     assert wrong["accuracy"] == sum(right) / len(right)
 
@@ -186,15 +185,15 @@ def test_measured_accuracy_counts_exactly_the_determined_symbols(tmp_path: Path)
         (recipe.TaskOptions, {"validation_size": 0}, "--validation_size must be at least 1"),
         (recipe.ModelOptions, {"heads": 3}, "--heads must divide --width, which is 32; got 3"),
         (recipe.ModelOptions, {"initializer_range": 0.0}, "--initializer_range must be positive"),
-        (recipe.TrainingOptions, {"steps": 0}, "--steps must be at least 1, got 0"),
-        (recipe.TrainingOptions, {"seeds": [1, 1]}, "--seeds must be different numbers ≥ 0"),
-        (recipe.TrainingOptions, {"learning_rate": -1.0}, "--learning_rate must be positive"),
-        (recipe.TrainingOptions, {"attention": ["sdpa", "sdpa"]}, "names one kind twice"),
-        (recipe.TrainingOptions, {"attention": ["softmax"]}, "--attention must be one of sdpa"),
-        (recipe.TrainingOptions, {"attention": ["sdpa:power=2"]}, "sdpa takes no options"),
-        (recipe.TrainingOptions, {"attention": ["expressive:power"]}, "expected option=value"),
-        (recipe.TrainingOptions, {"attention": ["expressive:pow=2"]}, "unknown option pow"),
-        (recipe.TrainingOptions, {"attention": ["expressive:power=no"]}, "power must be"),
+        (recipe.NTTraining, {"steps": 0}, "--steps must be at least 1, got 0"),
+        (recipe.NTTraining, {"seeds": [1, 1]}, "--seeds must be different numbers ≥ 0"),
+        (recipe.NTTraining, {"learning_rate": -1.0}, "--learning_rate must be positive"),
+        (recipe.NTTraining, {"attention": ["sdpa", "sdpa"]}, "names one kind twice"),
+        (recipe.NTTraining, {"attention": ["softmax"]}, "--attention must be one of sdpa"),
+        (recipe.NTTraining, {"attention": ["sdpa:power=2"]}, "sdpa takes no options"),
+        (recipe.NTTraining, {"attention": ["expressive:power"]}, "expected option=value"),
+        (recipe.NTTraining, {"attention": ["expressive:pow=2"]}, "unknown option pow"),
+        (recipe.NTTraining, {"attention": ["expressive:power=no"]}, "power must be"),
     ],
 )
 def test_bad_options_are_refused_by_name(options: type, values: dict, sentence: str) -> None:
@@ -225,7 +224,7 @@ def test_help_explains_every_option(
     for group in (
         recipe.TaskOptions,
         recipe.ModelOptions,
-        recipe.TrainingOptions,
+        recipe.NTTraining,
         recipe.OutputOptions,
     ):
         assert f"{group._argument_group_name}:" in told
@@ -241,7 +240,7 @@ def test_help_explains_every_option(
     [
         (["--heads", "5"], "--heads must divide --width, which is 32; got 5."),
         (["--step", "5"], "Some specified arguments are not used"),
-        (["--report_to", "paper"], "--report_to must be none, all or an installed tracker ("),
+        (["--report_to", "paper"], "--report_to must be one of none, all, "),
         (
             ["--batch_size", "5", "--gradient_accumulation_steps", "2"],
             "--batch_size must be a multiple of 2, processes × accumulated batches; got 5.",
@@ -385,33 +384,38 @@ def test_picture_shows_every_run_and_the_means() -> None:
 # ---- saved models --------------------------------------------------------------------------------
 
 
-def saved_run(measured: recipe.Experiment, text: str) -> reporting.Run:
-    attention = arguments.Attention.parse(text)
-    model = attention.causal_lm(recipe.model_config(measured.model, measured.task))
-    model.save_pretrained(measured.folder / "saved")
-    validation = recipe.loader(recipe.nt_dataset(measured.task, 4)["validation"], 16)
-    final = recipe.measure(measured, model, validation)
-    return replace(run(text, 4, 0.0), attention=attention.section, final=final, folder="saved")
+def saved_run(folder: Path, text: str) -> tuple[recipe.NTPrediction, reporting.Run]:
+    task, attention = nt_task(), arguments.Attention.parse(text)
+    torch.manual_seed(0)
+    model = attention.causal_lm(recipe.model_config(task.model, task.task))
+    model.save_pretrained(folder / "saved")
+    final = measure(task, model.eval(), seed=4)
+    return task, replace(
+        run(text, 4, 0.0), attention=attention.section, final=final, folder="saved"
+    )
+
+
+def reload(folder: Path, task: recipe.NTPrediction, trained: reporting.Run) -> Any:
+    training = recipe.NTTraining(batch_size=16)
+    return supervised.reload(Accelerator(cpu=True), task, training, trained, folder)
 
 
 def test_reload_measures_the_same_accuracy(tmp_path: Path) -> None:
-    measured = experiment(tmp_path)
-    trained = saved_run(measured, "expressive")
-    assert recipe.reload(measured, trained).config._attn_implementation == "expressive"
+    task, trained = saved_run(tmp_path, "expressive")
+    assert reload(tmp_path, task, trained).config._attn_implementation == "expressive"
 
 
 def test_reload_refuses_another_accuracy(tmp_path: Path) -> None:
-    measured = experiment(tmp_path)
-    trained = replace(saved_run(measured, "expressive"), final={"accuracy": 0.123})
+    task, trained = saved_run(tmp_path, "expressive")
     with pytest.raises(RuntimeError, match=r"had accuracy 0\.123 when it was saved"):
-        recipe.reload(measured, trained)
+        reload(tmp_path, task, replace(trained, final={"accuracy": 0.123}))
 
 
 def test_reload_refuses_another_attention(tmp_path: Path) -> None:
-    measured = experiment(tmp_path)
-    trained = replace(saved_run(measured, "sdpa"), attention={"mechanism": "expressive"})
+    task, trained = saved_run(tmp_path, "sdpa")
+    trained = replace(trained, attention={"mechanism": "expressive"})
     with pytest.raises(RuntimeError, match="trained with expressive attention, but loads as sdpa"):
-        recipe.reload(measured, trained)
+        reload(tmp_path, task, trained)
 
 
 # ---- whole runs ----------------------------------------------------------------------------------
@@ -576,7 +580,7 @@ def test_published_card_and_picture_belong_to_the_published_record(tmp_path: Pat
     assert len(content["runs"]) == 2 * len(settings["seeds"]) >= 6
     defaults = {
         key: value
-        for options in (recipe.TaskOptions, recipe.ModelOptions, recipe.TrainingOptions)
+        for options in (recipe.TaskOptions, recipe.ModelOptions, recipe.NTTraining)
         for key, value in asdict(options()).items()
     }
     assert settings == defaults, "the record was made with other settings than the recipe's own"

@@ -134,6 +134,8 @@ def test_config_file_describes_the_variant(tmp_path: Path) -> None:
         "softmax_heads": 0,
         "scale": "learned",
         "power": 2.0,
+        "gain": 1.0,
+        "sink": False,
     }
 
 
