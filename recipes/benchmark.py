@@ -4,9 +4,10 @@
     python recipes/benchmark.py --device cuda
 
 On the CPU: expressive attention (blockwise) and the kernels of implicit kernel attention against
-PyTorch's softmax attention and against the formula written naively. On a GPU: the Triton kernels against
-cuDNN's and PyTorch's flash softmax attention, flex_attention with the expressive score, and
-FlashAttention-4 where it is installed.
+PyTorch's softmax attention and against the formula written naively. On a GPU: the Triton kernels, for
+implicit kernel attention with and without its features and magnitudes, against cuDNN's and PyTorch's
+flash softmax attention, flex_attention with the expressive score, and FlashAttention-4 where it is
+installed; how close decoding comes to the bandwidth of a plain copy; what a call costs the host.
 
 Nothing is timed before its outputs and gradients agree with the float64 reference. Rivals take turns, so
 that a change of clock meets all of them; medians are reported with the 10th and 90th percentile.
@@ -136,7 +137,9 @@ KERNELS = ("rbf", "stationary", "direct", "implicit", "copula")
 
 
 @cache
-def _kernel_module(kernel: Any, heads: int, key_heads: int, size: int) -> ImplicitKernelAttention:
+def _kernel_module(
+    kernel: Any, heads: int, key_heads: int, size: int, device: torch.device
+) -> ImplicitKernelAttention:
     child = ImplicitKernelAttention(
         ImplicitKernelConfig(kernel=kernel, p=3.0),
         layer=0,
@@ -145,12 +148,12 @@ def _kernel_module(kernel: Any, heads: int, key_heads: int, size: int) -> Implic
         head_dim=size,
     )
     child.reset_parameters()
-    return child.eval()
+    return child.eval().to(device)
 
 
 def whole_kernel(query: Tensor, key: Tensor, value: Tensor, *, kernel: str, impl: Any) -> Tensor:
     """Implicit kernel attention as a model runs it, M = 64 and p = 3; gradients of q, k and v."""
-    child = _kernel_module(kernel, query.shape[1], key.shape[1], query.shape[-1])
+    child = _kernel_module(kernel, query.shape[1], key.shape[1], query.shape[-1], query.device)
     is_causal = query.shape[2] > 1
     call = AttentionCall(query, key, value, query.shape[-1] ** -0.5, is_causal=is_causal, impl=impl)
     return child(call)[0]
@@ -237,6 +240,7 @@ def rivals(device: str) -> dict[str, Attention]:
     named: dict[str, Attention] = {
         "expressive, Triton": partial(ours, impl="triton"),
         "implicit kernel, Triton": partial(implicit_kernel, impl="triton"),
+        "kernel direct, Triton": partial(whole_kernel, kernel="direct", impl="triton"),
         "softmax, cuDNN": partial(softmax, backend=SDPBackend.CUDNN_ATTENTION),
         "softmax, flash": partial(softmax, backend=SDPBackend.FLASH_ATTENTION),
         "expressive, flex_attention": flex_expressive,
@@ -255,7 +259,7 @@ def reference_of(name: str) -> Attention:
     if name.startswith("implicit"):
         return partial(implicit_kernel, impl="reference")
     if name.startswith("kernel "):
-        kernel = name.removeprefix("kernel ")
+        kernel = name.removeprefix("kernel ").partition(",")[0]
         return partial(whole_kernel, kernel=kernel, impl="reference")
     return partial(ours, impl="reference")
 
@@ -340,6 +344,43 @@ def peak_memory(attention: Attention, shape: Shape, dtype: torch.dtype) -> float
     torch.autograd.grad(out, tensors, torch.ones_like(out))
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a large copy on a GPU."""
+    source = torch.randn(2**30, device="cuda")
+    target = torch.empty_like(source)
+    seconds = [timed(lambda: target.copy_(source), "cuda", 0.05) for _ in range(5)]
+    return 2 * source.nbytes / statistics.median(seconds)
+
+
+def host_seconds(run: Callable[[], Any], calls: int = 200) -> float:
+    """Median seconds that Python takes to launch a call, while the GPU works behind."""
+    for _ in range(20):
+        run()
+    seconds = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(calls):
+            run()
+        seconds.append((time.perf_counter() - began) / calls)
+    torch.cuda.synchronize()
+    return statistics.median(seconds)
+
+
+def host_costs(chosen: dict[str, Attention], dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Microseconds of the host a call, on a problem too small to keep a GPU busy."""
+    records = []
+    for shape in (Shape(1, 4, 4, 256, 256, 64), Shape(1, 4, 4, 1, 256, 64)):
+        for name, attention in chosen.items():
+            for what, run in passes(attention, shape.tensors("cuda", dtype), "cuda").items():
+                if "graph" not in what:
+                    microseconds = round(host_seconds(run) * 1e6, 1)
+                    records.append(
+                        {"name": name, "shape": str(shape), "pass": what, "us": microseconds}
+                    )
+    return records
 
 
 def highest_resident() -> float:
@@ -464,7 +505,22 @@ def run_cuda(repeats: int, longest: int) -> dict[str, Any]:
             memory.append(
                 {"name": name, "shape": str(shape), "keys": shape.keys, "MiB": round(peak, 1)}
             )
-    return {"times": times, "memory": memory}
+    bandwidth = copy_bandwidth()
+    for record in times:
+        if record.get("queries") == 1 and "error" not in record:
+            moved = 2 * record["batch"] * record["key_heads"] * record["keys"] * record["size"]
+            rate = moved * dtype.itemsize / (record["milliseconds"] / 1e3)
+            record["share_of_copy"] = round(rate / bandwidth, 3)
+    return {
+        "times": times,
+        "memory": memory,
+        "copy_bytes_per_second": float(f"{bandwidth:.4g}"),
+        "host": host_costs(
+            {name: run for name, run in chosen.items() if "Triton" in name}
+            | {"softmax, sdpa": softmax},
+            dtype,
+        ),
+    }
 
 
 # --- Reporting --------------------------------------------------------------------------------------
@@ -500,12 +556,17 @@ def print_table(results: dict[str, Any]) -> None:
             f"{row['shape']:28} {row['pass']:19} {row['name']:28} {row['milliseconds']:10.3f} ms "
             f"[{row['p10']:.3f}, {row['p90']:.3f}] {row['tflops']:8.3g} TFLOP/s "
             f"{softmax_time / row['milliseconds']:5.2f} × softmax"
+            + (f" {row['share_of_copy']:.2f} of a copy" if "share_of_copy" in row else "")
         )
     for record in results["times"]:
         if "error" in record:
             print(f"{record['shape']:28} {record['name']:28} failed: {record['error']}")
     for row in results["memory"]:
         print(f"memory {row['keys']:6} keys {row['name']:28} {row['MiB']:10.1f} MiB")
+    for row in results.get("host", []):
+        print(
+            f"host   {row['shape']:28} {row['pass']:19} {row['name']:28} {row['us']:8.1f} µs a call"
+        )
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -207,6 +207,9 @@ CASES = [
     Case("square", options={"response": SQUARE}),
     Case("square, key bias", WIDE_GROUP, options=CAUSAL | {"response": SQUARE, "key_bias": lambda draw: 5 * draw(2, 2, 45)}),
     Case("steep key bias", (1, 1, 1, 70, 70, 16, 16), options=CAUSAL | {"response": SQUARE, "key_bias": lambda draw: torch.linspace(0, 400, 70, device=DEVICE)[None, None]}),
+    Case("key bias steep in one head", (1, 2, 2, 70, 70, 16, 16), options=CAUSAL | {"response": SQUARE, "key_bias": lambda draw: torch.linspace(0, 1, 70, device=DEVICE) * torch.tensor([[[400.0], [4.0]]], device=DEVICE)}),
+    Case("steep key bias, sinks, window", (1, 2, 1, 70, 70, 16, 16), options=CAUSAL | {"sliding_window": 20, "response": SQUARE, "key_bias": lambda draw: torch.linspace(0, 400, 70, device=DEVICE)[None, None], "sinks": lambda draw: draw(1, 2, 1)}),
+    Case("key bias, dropout, hidden keys", WIDE_GROUP, options={"key_bias": lambda draw: draw(2, 2, 45), "dropout": 0.3, "seed": seed, "ranges": padded([0, 3], [45, 40], 37, EVERY_OTHER_KEY)}),
     Case("softmax", WIDE_GROUP, options=CAUSAL | {"response": EXP}),
     Case("softmax, key bias, sinks", options={"response": EXP, "key_bias": lambda draw: draw(1, 1, 45), "sinks": lambda draw: draw(1, 2, 1)}),
     Case("softcap", options={"softcap": 1.5}),
@@ -226,6 +229,9 @@ CASES = [
     Case("left padding", WIDE_GROUP, options=CAUSAL | {"ranges": padded([0, 30], [45, 45], 37)}),
     Case("right padding", WIDE_GROUP, options={"ranges": padded([0, 0], [45, 7], 37)}),
     Case("hidden keys", options={"ranges": padded([0], [45], 37, EVERY_OTHER_KEY)}),
+    Case("left padding as hidden keys", (2, 4, 2, 80, 80, 16, 16), options=CAUSAL | {"ranges": padded([0, 0], [80, 80], 80, torch.arange(80) >= torch.tensor([[0], [45]]))}),
+    Case("one hole", (2, 2, 1, 70, 130, 16, 16), options={"ranges": padded([5], [130], 70, (torch.arange(130) < torch.tensor([[128], [100]])) & (torch.arange(130) != 70))}),
+    Case("no key at all", (2, 2, 1, 70, 70, 16, 16), options=CAUSAL | {"ranges": padded([0], [70], 70, torch.arange(70) >= torch.tensor([[0], [70]]))}),
     Case("empty sequence", WIDE_GROUP, options={"ranges": padded([0, 9], [45, 9], 37), "response": EXP}),
     Case("packed", (1, 2, 1, 80, 80, 16, 16), options={"ranges": packed([3, 40, 1, 36], causal=False)}),
     Case("packed, causal", (1, 2, 1, 80, 80, 16, 16), options={"ranges": packed([3, 40, 1, 36], causal=True)}),
@@ -315,6 +321,23 @@ def test_strides_do_not_matter() -> None:
     check(dataclasses.replace(problem, **views))
 
 
+@pytest.mark.parametrize("response", [Response("hill"), SQUARE], ids=["hill", "square"])
+def test_a_row_that_sees_one_key_leaves_its_score_alone(response: Response) -> None:
+    """Its weight is 1 whatever the score: no rounding may come through, however steep the response."""
+    options = CAUSAL | {"response": response, "scale": 1e-3}
+    problem = Case("", (1, 2, 1, 70, 70, 16, 16), torch.bfloat16, options=options).problem()
+    out, log_normalizer = triton.forward(problem)
+    first_row_only = torch.zeros_like(out)
+    first_row_only[:, :, 0] = torch.randn_like(out[:, :, 0])
+    grad_query, grad_key, grad_value, _, _ = triton.backward(
+        problem, out, log_normalizer, first_row_only, need_key_bias=False, need_bias=False
+    )
+    assert not grad_query.any()
+    assert not grad_key.any()
+    expected = first_row_only[:, :, 0].float().sum(dim=1)
+    assert largest_error(grad_value[:, 0, 0], expected) < 0.05
+
+
 def test_gradient_of_an_expanded_output() -> None:
     problem = Case("").problem()
     out, log_normalizer = triton.forward(problem)
@@ -343,17 +366,15 @@ def test_two_runs_agree_to_the_last_bit() -> None:
 
 @pytest.mark.parametrize("fault", ["power", "window"])
 def test_a_wrong_kernel_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import triton.language as tl
-
-    from hf_expressive.ops.triton.launch import Call
+    from hf_expressive.ops.triton import launch
 
     problem = Case("", options=CAUSAL | {"sliding_window": 9}).problem()
-    rule, terms = Call(problem).rule, Call(problem).terms
+    call = launch.Call(problem)
     if fault == "power":
-        wrong = rule._replace(plain=tl.constexpr(False), power=tl.constexpr(2.0))
-        monkeypatch.setattr(Call, "rule", wrong)
+        wrong = dataclasses.replace(call.rule, plain=False, prescaled=False, power=2.0)
+        monkeypatch.setattr(launch, "_rule_of", lambda problem, steady: wrong)
     else:
-        monkeypatch.setattr(Call, "terms", terms._replace(left=10))
+        monkeypatch.setattr(launch.Call, "terms", call.terms._replace(left=10))
     with pytest.raises(AssertionError, match="exceeds the budget"):
         check(problem)
 

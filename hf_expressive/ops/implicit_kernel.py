@@ -11,6 +11,7 @@ from .functional import Implementation, attend
 from .problem import KeyRanges
 from .response import Response
 from .spectral import spectral_features, squared_norm
+from .triton import features as fused
 
 
 def implicit_kernel_attention(
@@ -125,7 +126,12 @@ def kernel_features(x: Tensor, frequencies: Tensor, scale: float) -> Tensor:
     """Spectral features of queries or keys, (batch, heads, positions, 2M), in the dtype of `x`.
 
     Heads are a multiple of the frequencies' heads: a group of query heads shares its frequencies.
+    Half-precision tensors on a GPU take kernels that fuse the projection with what follows it
+    (`ops.triton.features`); in float32 torch's own product is the faster one.
     """
+    half = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+    if half and fused.unsupported(x, frequencies) is None:
+        return fused.fused_features(x, frequencies, unit_length(x, scale))
     # Phases are angles: in the half precision of autocast they would lose their meaning.
     with torch.autocast(x.device.type, enabled=False):
         lengths = in_unit_lengths(x, scale).unflatten(1, (frequencies.shape[-4], -1))
@@ -142,7 +148,12 @@ def log_magnitude(key: Tensor, p: float | Tensor, scale: float) -> Tensor:
 
 def in_unit_lengths(x: Tensor, scale: float) -> Tensor:
     """x · (scale·√d)^½ in compute dtype: lengths that a module with scaling d^-½ would have."""
-    return x.to(_compute_dtype(x)) * math.sqrt(scale * math.sqrt(x.shape[-1]))
+    return x.to(_compute_dtype(x)) * unit_length(x, scale)
+
+
+def unit_length(x: Tensor, scale: float) -> float:
+    """(scale·√d)^½."""
+    return math.sqrt(scale * math.sqrt(x.shape[-1]))
 
 
 def check_frequencies(frequencies: Tensor | None, key: Tensor) -> None:

@@ -77,8 +77,13 @@ def backward(
         log_normalizer: (B, H, Q), what `forward` returned.
         grad_out: gradient of `out`, (B, H, Q, E), any strides.
     """
-    from .tiled_backward import backward as tiled
+    from .backward_bias import bias_gradient
+    from .backward_key import key_gradients
+    from .backward_query import query_gradient
+    from .gradient import prepare
+    from .launch import Call
 
-    return tiled(
-        problem, out, log_normalizer, grad_out, need_key_bias=need_key_bias, need_bias=need_bias
-    )
+    prepared = prepare(Call(problem), out, log_normalizer, grad_out)
+    grad_key, grad_value, grad_key_bias = key_gradients(prepared, need_key_bias=need_key_bias)
+    grad_bias = bias_gradient(prepared) if need_bias else None
+    return query_gradient(prepared), grad_key, grad_value, grad_key_bias, grad_bias

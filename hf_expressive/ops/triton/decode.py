@@ -14,12 +14,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import AttentionProblem
-from .launch import COMPILED, Call, tile_shape
+from .launch import Call, ceil_div, num_processors, power_of_two
 from .tiled_forward import absorb, finish, row_start
-from .tiles import exp, finite, head_factor, is_kept, matmul, row_bounds, row_hash, row_place, weigh
+from .tiles import (
+    common_level,
+    exp,
+    finite,
+    head_factor,
+    is_kept,
+    matmul,
+    row_bounds,
+    row_hash,
+    row_place,
+    tile_span,
+    weigh,
+)
 
 _MAX_SPLITS = 128
-_INTERPRETED_PROGRAMS = 6
 
 
 @triton.jit
@@ -30,13 +41,10 @@ def split_kernel(
     sums,
     totals,
     tops,
-    rule,
+    rule: tl.constexpr,
     terms,
+    sizes,
     scale,
-    heads,
-    group,
-    num_queries,
-    num_keys,
     query_batch,
     query_head,
     query_length,
@@ -48,7 +56,9 @@ def split_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    key_heads = heads // group
+    group = sizes.group
+    num_queries = sizes.queries
+    key_heads = sizes.heads // group
     batch = tl.program_id(0) // key_heads
     key_head = tl.program_id(0) % key_heads
     split = tl.program_id(1)
@@ -58,18 +68,15 @@ def split_kernel(
     packed = tl.minimum(packed, group * num_queries - 1)
     head = key_head * group + packed // num_queries
     index = packed % num_queries
-    flat_head = batch * heads + head
+    flat_head = batch * sizes.heads + head
     column = index[:, None]
 
     factor = head_factor(terms, scale, head[:, None])
     inverse = 1.0
     if rule.folded:
         inverse = 1.0 / (factor * factor)
-    start, end = row_bounds(terms, batch, index, num_queries, num_keys)
-    first = tl.min(tl.where(start < end, start, num_keys), 0)
-    last = tl.max(tl.where(start < end, end, 0), 0)
-    inner_start = tl.max(start, 0)
-    inner_end = tl.min(end, 0)
+    start, end = row_bounds(terms, sizes, batch, index)
+    first, last, inner_start, inner_end = tile_span(terms, batch, start, end, sizes.keys)
     share = tl.cdiv(tl.maximum(last - first, 0), tl.num_programs(1))
     share = tl.cdiv(share, BLOCK_N) * BLOCK_N
     first = first + split * share
@@ -88,10 +95,10 @@ def split_kernel(
         key_tile = key_tiles.load([batch, key_head, offset, 0]).reshape(BLOCK_N, BLOCK_D)
         score = matmul(query_tile, key_tile.T, rule)
         key = (offset + tl.arange(0, BLOCK_N))[None, :]
-        partial = (offset < inner_start) | (offset + BLOCK_N > inner_end) | rule.masked
+        partial = (offset < inner_start) | (offset + BLOCK_N > inner_end)
         weight, accumulator, total, top = absorb(
-            rule, terms, score, accumulator, total, top, factor, inverse, batch, head[:, None],
-            tl.program_id(0), column, key, num_queries, num_keys, partial,
+            rule, terms, sizes, score, accumulator, total, top, factor, inverse, batch, head[:, None],
+            tl.program_id(0), start[:, None], end[:, None], column, key, partial,
         )  # fmt: skip
         if rule.threshold > 0:
             hashed = row_hash(terms, flat_head[:, None], column)
@@ -99,6 +106,7 @@ def split_kernel(
         value_tile = value_tiles.load([batch, key_head, offset, 0]).reshape(BLOCK_N, BLOCK_E)
         accumulator = weigh(accumulator, weight, value_tile, rule)
 
+    top += common_level(rule, terms, tl.program_id(0), inverse)
     # (splits, B, H, Q, E); a split without keys writes its zero total only.
     rows = (tl.num_programs(0) * group).to(tl.int64) * num_queries
     row = split * rows + flat_head.to(tl.int64) * num_queries + index
@@ -116,10 +124,9 @@ def combine_kernel(
     tops,
     out,
     log_normalizer,
-    rule,
+    rule: tl.constexpr,
     terms,
-    heads,
-    num_queries,
+    sizes,
     splits,
     VALUE_SIZE: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -127,8 +134,8 @@ def combine_kernel(
 ):
     """One program a row (batch, head, query)."""
     row = tl.program_id(0).to(tl.int64)
-    index = tl.program_id(0) % num_queries
-    flat_head = tl.program_id(0) // num_queries
+    index = tl.program_id(0) % sizes.queries
+    flat_head = tl.program_id(0) // sizes.queries
     split = tl.arange(0, BLOCK_S)
     place = split * tl.num_programs(0).to(tl.int64) + row
     total = tl.load(totals + place, mask=split < splits, other=0.0)
@@ -142,12 +149,12 @@ def combine_kernel(
     accumulator = tl.sum(part * shrink[:, None], 0)
     normalise, log_total = finish(
         terms,
-        flat_head // heads,
-        flat_head % heads,
+        flat_head // sizes.heads,
+        flat_head % sizes.heads,
         index,
         tl.sum(total * shrink, 0),
         top,
-        num_queries,
+        sizes.queries,
     )
     accumulator = accumulator * (normalise * (terms.keep_scale / rule.lift))
     tl.store(
@@ -158,18 +165,14 @@ def combine_kernel(
 
 def num_splits(call: Call, block_n: int) -> int:
     """Splits a head: enough programs to fill the device twice, at least two tiles of keys each."""
-    programs = _INTERPRETED_PROGRAMS
-    if COMPILED:
-        device = torch.cuda.get_device_properties(call.problem.query.device)
-        programs = 2 * device.multi_processor_count
-    wanted = triton.cdiv(programs, call.batch * call.key_heads)
-    return max(1, min(wanted, triton.cdiv(call.num_keys, 2 * block_n), _MAX_SPLITS))
+    wanted = ceil_div(2 * num_processors(call.problem), call.batch * call.key_heads)
+    return max(1, min(wanted, ceil_div(call.num_keys, 2 * block_n), _MAX_SPLITS))
 
 
 def decode(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """`ops.triton.forward` for few queries."""
-    call = Call(problem)
-    shape = tile_shape("decode", call)
+    call = Call(problem, steady=False)
+    shape = call.tile_shape("decode")
     splits = num_splits(call, shape.block_n)
     rows = (splits, call.batch, call.heads, call.num_queries)
     device = problem.query.device
@@ -185,20 +188,15 @@ def decode(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         tops,
         call.rule,
         call.terms,
+        call.sizes,
         problem.scale,
-        call.heads,
-        problem.group,
-        call.num_queries,
-        call.num_keys,
         *problem.query.stride(),
         KEY_SIZE=call.key_size,
         VALUE_SIZE=call.value_size,
-        BLOCK_D=call.block_d,
-        BLOCK_E=call.block_e,
+        **call.blocks,
         **shape.options,
     )
-    out = call.new(call.heads, call.num_queries, call.value_size, dtype=problem.query.dtype)
-    log_normalizer = call.new(call.heads, call.num_queries, dtype=torch.float32)
+    out, log_normalizer = call.outputs()
     combine_kernel[(call.batch * call.heads * call.num_queries,)](
         sums,
         totals,
@@ -207,11 +205,10 @@ def decode(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         log_normalizer,
         call.rule,
         call.terms,
-        call.heads,
-        call.num_queries,
+        call.sizes,
         splits,
         VALUE_SIZE=call.value_size,
-        BLOCK_S=triton.next_power_of_2(splits),
-        BLOCK_E=call.block_e,
+        BLOCK_S=power_of_two(splits, least=1),
+        BLOCK_E=call.blocks["BLOCK_E"],
     )
     return out, log_normalizer

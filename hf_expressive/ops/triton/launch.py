@@ -1,8 +1,11 @@
-"""From an `AttentionProblem` to kernel arguments: tile descriptors, terms, compile-time choices."""
+"""From an `AttentionProblem` to kernel arguments: tile descriptors, terms, compile-time choices.
+
+All of it runs before every launch, so what depends on sizes and options alone is remembered.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -15,7 +18,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dropout import threshold
 from ..problem import AttentionProblem
-from .tiles import EXP, HILL, SQUARE, Rule, Terms, mix
+from ..response import Response
+from .tiles import EXP, HILL, SQUARE, Rule, Sizes, Terms, mix
 
 #: Whether kernels are compiled (and may hold inline assembly), not interpreted.
 COMPILED = isinstance(mix, JITFunction)
@@ -63,12 +67,8 @@ _PLAIN = {
     ("decode", 128): TileShape(16, 64, 4, 3),
     ("decode", 256): TileShape(16, 32, 4, 3),
 }
-# What beats them where weights carry an additive term, and where that depends on the key alone.
+# What beats them where rows carry a running maximum of an additive log-weight.
 _SHIFTED = _PLAIN | {("forward", 64): TileShape(128, 64, 4, 3)}
-_KEYED = _SHIFTED | {
-    ("forward", 128): TileShape(128, 64, 8, 3),
-    ("backward_query", 64): TileShape(64, 64, 4, 2),
-}
 # Wherever there is less shared memory; and for float32, whose exact products fill registers (Triton
 # 3.6 miscompiles tiles of 16 by 16 with 8 warps).
 _SMALL = {64: TileShape(64, 32, 4, 2), 128: TileShape(32, 32, 4, 2), 256: TileShape(16, 32, 4, 1)}
@@ -76,55 +76,219 @@ _EXACT = {64: TileShape(32, 32, 8, 1), 128: TileShape(16, 32, 4, 1), 256: TileSh
 # The interpreter runs one program at a time: large tiles are fastest, these still make several of them.
 _INTERPRETED = TileShape(32, 32, 4, 1)
 _LARGE_SHARED_MEMORY = 220 * 1024  # bytes
-
-
-def tile_shape(kernel: str, call: Call) -> TileShape:
-    """The tile shape of a kernel for a call's head sizes, dtype and device."""
-    problem = call.problem
-    size = max(64, call.block_d, call.block_e)
-    if not COMPILED:
-        shape = _INTERPRETED
-    elif problem.query.dtype == torch.float32:
-        shape = _EXACT[size]
-    elif call.wide or _shared_memory(problem.query.device) < _LARGE_SHARED_MEMORY:
-        shape = _SMALL[size]
-    elif call.rule.keyed.value:
-        shape = _KEYED[kernel, size]
-    else:
-        shape = (_SHIFTED if call.shifted else _PLAIN)[kernel, size]
-    if kernel == "decode":
-        rows = max(16, triton.next_power_of_2(problem.group * call.num_queries))
-        shape = TileShape(rows, shape.block_n, shape.num_warps, shape.num_stages)
-    return shape
+# What the programs at work share should stay in the L2 cache: about a third of an H200's 50 MiB.
+_BUNDLE_BYTES = 16 * 2**20
+#: Natural logarithms over which a key bias may spread where one reference level serves a whole
+#: key/value head: weights stay 26 decades above the smallest float32, their inverses below the largest.
+STEADY = 60.0
 
 
 @cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that one program may use."""
-    properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)
+def _tile_shape(
+    kernel: str, size: int, rule: Rule, dtype: torch.dtype, device: torch.device
+) -> TileShape:
+    """The tile shape of a kernel for the larger head size, rounded up to a power of two."""
+    size = max(64, size)
+    if not COMPILED:
+        return _INTERPRETED
+    if dtype == torch.float32:
+        return _EXACT[size]
+    if rule.wide or _properties(device).shared_memory_per_block_optin < _LARGE_SHARED_MEMORY:
+        return _SMALL[size]
+    return (_SHIFTED if rule.shifted else _PLAIN)[kernel, size]
 
 
-def _stride(tensor: Tensor | None, dimension: int) -> int:
-    """The stride in elements, 0 where the dimension broadcasts."""
-    if tensor is None or tensor.shape[dimension] == 1:
-        return 0
-    return tensor.stride(dimension)
+@cache
+def _properties(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)
+
+
+def num_processors(problem: AttentionProblem) -> int:
+    """Multiprocessors of the device of a problem; a few for the interpreter."""
+    if not COMPILED:
+        return 3
+    return int(_properties(problem.query.device).multi_processor_count)
+
+
+def ceil_div(number: int, unit: int) -> int:
+    """⌈number / unit⌉ (Triton's own takes longer than a launch)."""
+    return -(-number // unit)
+
+
+def power_of_two(size: int, *, least: int = 16) -> int:
+    """`size` rounded up to a power of two; 16 is the smallest side of a product."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+@cache
+def _rule(
+    response: Response,
+    dtype: torch.dtype,
+    dropout: float,
+    *,
+    foldable: bool,
+    capped: bool,
+    key_bias: bool,
+    bias: bool,
+    tf32: bool,
+    steady: bool,
+) -> Rule:
+    """The compile-time choices; see `Rule`."""
+    half = dtype == torch.float16
+    kind = response.kind
+    keyed = steady and (kind == "square" or key_bias) and kind != "exp" and not bias and not half
+    shifted = not keyed and (kind != "hill" or key_bias or bias)
+    plain = kind == "hill" and not (key_bias or bias) and response.power == 1.0 and not capped
+    return Rule(
+        kind=_KINDS[kind],
+        power=float(response.power),
+        epsilon=float(response.epsilon),
+        limit=response.limit(torch.float32),
+        threshold=threshold(dropout),
+        plain=plain,
+        # Gradients without the scale sink below the range of float16.
+        folded=foldable and (plain or kind == "square") and not half and not capped,
+        shifted=shifted,
+        keyed=keyed,
+        # The factors outgrow the range of float16.
+        prescaled=(plain or keyed) and not half,
+        lift=2.0**14 if half and kind == "hill" else 1.0,
+        # z² is unbounded.
+        wide=half and kind == "square",
+        precision="tf32" if tf32 else "ieee",
+        fast=COMPILED and torch.version.hip is None,
+        interpreted=not COMPILED,
+    )
+
+
+def _rule_of(problem: AttentionProblem, *, steady: bool) -> Rule:
+    return _rule(
+        problem.response,
+        problem.query.dtype,
+        problem.dropout,
+        # Extreme scales would overflow, a learned one may become extreme.
+        foldable=problem.gain is None and 1e-4 <= abs(problem.scale) <= 1e4,
+        capped=problem.softcap is not None,
+        key_bias=problem.key_bias is not None,
+        bias=problem.bias is not None,
+        tf32=torch.backends.cuda.matmul.allow_tf32,
+        steady=steady,
+    )
+
+
+def _strides(tensor: Tensor | None, dimensions: int) -> tuple[int, ...]:
+    """The first strides in elements, 0 where the tensor broadcasts or is absent."""
+    if tensor is None:
+        return (0,) * dimensions
+    sizes = tensor.shape[:dimensions]
+    return tuple(
+        0 if size == 1 else stride for size, stride in zip(sizes, tensor.stride(), strict=False)
+    )
 
 
 def _contiguous_float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
 
 
+@triton.jit
+def key_runs_kernel(keys, runs, num_keys, BLOCK: tl.constexpr):
+    keys += tl.program_id(0).to(tl.int64) * num_keys
+    first = num_keys
+    last = 0
+    for start in range(0, num_keys, BLOCK):
+        key = start + tl.arange(0, BLOCK)
+        seen = tl.load(keys + key, mask=key < num_keys, other=0) != 0
+        first = tl.minimum(first, tl.min(tl.where(seen, key, num_keys), 0))
+        last = tl.maximum(last, tl.max(tl.where(seen, key + 1, 0), 0))
+    hole = last
+    for start in range(0, num_keys, BLOCK):
+        key = start + tl.arange(0, BLOCK)
+        seen = tl.load(keys + key, mask=key < num_keys, other=0) != 0
+        hole = tl.minimum(hole, tl.min(tl.where((key >= first) & ~seen, key, last), 0))
+    runs += tl.program_id(0) * 3
+    tl.store(runs, first)
+    tl.store(runs + 1, last)
+    tl.store(runs + 2, hole)
+
+
+def key_runs(keys: Tensor) -> Tensor:
+    """Of each row of keys: the first visible one, past the last, past the first unbroken run of them.
+
+    A padded batch is one run, so that only tiles at its ends have to look at single keys.
+
+    Args:
+        keys: uint8, contiguous, (B or 1, N), not 0 where visible.
+
+    Returns:
+        int32, (B or 1, 3).
+    """
+    batch, num_keys = keys.shape
+    runs = torch.empty(batch, 3, dtype=torch.int32, device=keys.device)
+    key_runs_kernel[(batch,)](keys, runs, num_keys, BLOCK=1024)
+    return runs
+
+
 class Call:
     """One attention call as the kernels see it."""
 
-    def __init__(self, problem: AttentionProblem) -> None:
+    def __init__(self, problem: AttentionProblem, *, steady: bool = True) -> None:
+        """steady: whether kernels may rely on a common level a head where they can; see `Rule.keyed`."""
         self.problem = problem
         self.batch, self.heads, self.num_queries, self.key_size = problem.query.shape
         self.key_heads, self.num_keys, self.value_size = problem.value.shape[1:]
-        self.block_d = max(16, triton.next_power_of_2(self.key_size))
-        self.block_e = max(16, triton.next_power_of_2(self.value_size))
+        self.sizes = Sizes(self.heads, problem.group, self.num_queries, self.num_keys)
+        self.blocks = {
+            "BLOCK_D": power_of_two(self.key_size),
+            "BLOCK_E": power_of_two(self.value_size),
+        }
+        self.rule = _rule_of(problem, steady=steady)
+        self.steady = self.key_factor = self.level = None
+        if self.rule.keyed and problem.key_bias is not None:
+            key_bias = problem.key_bias.float()
+            low, high = key_bias.aminmax(dim=-1, keepdim=True)
+            self.steady = high - low < STEADY
+            self.key_factor = torch.exp(key_bias - high)
+            self.level = high
+
+    def tile_shape(self, kernel: str) -> TileShape:
+        """The tile shape of a kernel for these head sizes, this dtype and device."""
+        query = self.problem.query
+        size = max(self.blocks.values())
+        shape = _tile_shape(kernel, size, self.rule, query.dtype, query.device)
+        if kernel == "decode":  # the rows are the queries that share their keys
+            shape = replace(shape, block_m=power_of_two(self.problem.group * self.num_queries))
+        return shape
+
+    def rules(self) -> list[Rule]:
+        """The rules to launch a kernel with, one after the other; see `Rule.keyed`."""
+        if self.steady is None:
+            return [self.rule]
+        return [self.rule, _rule_of(self.problem, steady=False)]
+
+    def query_grid(self, shape: TileShape) -> tuple[int]:
+        """One program a query head and tile of queries."""
+        return (self.batch * self.heads * ceil_div(self.num_queries, shape.block_m),)
+
+    def key_grid(self, shape: TileShape) -> tuple[int]:
+        """One program a key/value head and tile of keys."""
+        return (self.batch * self.key_heads * ceil_div(self.num_keys, shape.block_n),)
+
+    def bundle(self, one: Tensor, other: Tensor) -> int:
+        """Heads at a time for programs that read all rows of two (B, heads, length, size) tensors.
+
+        Query heads if the tensors are the keys' and values', key/value heads if they are the queries'.
+        """
+        heads, length = one.shape[1:3]
+        pair = length * (one.shape[3] + other.shape[3]) * one.element_size()
+        if heads == self.key_heads:
+            return max(1, _BUNDLE_BYTES // pair) * self.sizes.group
+        return max(1, _BUNDLE_BYTES // (pair * self.sizes.group))
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """Uninitialised output (B, H, Q, E) and log normaliser (B, H, Q)."""
+        rows = (self.heads, self.num_queries)
+        out = self.new(*rows, self.value_size, dtype=self.problem.query.dtype)
+        return out, self.new(*rows, dtype=torch.float32)
 
     def new(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous tensor (B, *shape) on the device of the query."""
@@ -137,23 +301,24 @@ class Call:
         strides or address a descriptor cannot express is copied.
         """
         unit = _ALIGNMENT // tensor.element_size()
+        *strides, last = tensor.stride()
+        # A stride along a dimension of size 1 is never taken and may be anything.
         strides = [
             stride if size > 1 else unit
-            for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+            for size, stride in zip(tensor.shape, strides, strict=False)
         ]
-        aligned = tensor.data_ptr() % _ALIGNMENT == 0
         if (
-            not aligned
-            or tensor.stride(-1) != 1
+            last != 1
+            or tensor.data_ptr() % _ALIGNMENT
             or any(stride % unit or stride == 0 for stride in strides)
         ):
             *lead, size = tensor.shape
-            padded = tensor.new_empty(*lead, triton.cdiv(size, unit) * unit)
+            padded = tensor.new_empty(*lead, ceil_div(size, unit) * unit)
             padded[..., :size] = tensor
             strides = list(padded.stride()[:-1])
             tensor = padded[..., :size]
-        block = max(16, triton.next_power_of_2(tensor.shape[-1]))
-        return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, block])
+        block = [1, 1, rows, power_of_two(tensor.shape[-1])]
+        return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block)
 
     @cached_property
     def terms(self) -> Terms:
@@ -162,94 +327,42 @@ class Call:
         mask = None if problem.mask is None else problem.mask.view(torch.uint8)
         start = end = keys = None
         if ranges is not None:
-            start, end = (
-                ranges.start.to(torch.int32).contiguous(),
-                ranges.end.to(torch.int32).contiguous(),
-            )
+            start = ranges.start.to(torch.int32).contiguous()
+            end = ranges.end.to(torch.int32).contiguous()
             keys = None if ranges.keys is None else ranges.keys.contiguous().view(torch.uint8)
+        runs = None if keys is None else key_runs(keys)
         bias, sinks = problem.bias, problem.sinks
+        bias_strides, mask_strides = _strides(bias, 4), _strides(mask, 4)
+        sinks_strides = _strides(sinks, 3)
         return Terms(
             gain=_contiguous_float(problem.gain),
             key_bias=_contiguous_float(problem.key_bias),
+            key_factor=self.key_factor,
+            level=self.level,
             bias=bias,
-            bias_batch=_stride(bias, 0),
-            bias_head=_stride(bias, 1),
-            bias_query=_stride(bias, 2),
-            bias_key=_stride(bias, 3),
+            bias_batch=bias_strides[0],
+            bias_head=bias_strides[1],
+            bias_query=bias_strides[2],
+            bias_key=bias_strides[3],
             mask=mask,
-            mask_batch=_stride(mask, 0),
-            mask_head=_stride(mask, 1),
-            mask_query=_stride(mask, 2),
-            mask_key=_stride(mask, 3),
+            mask_batch=mask_strides[0],
+            mask_head=mask_strides[1],
+            mask_query=mask_strides[2],
+            mask_key=mask_strides[3],
             sinks=sinks,
-            sinks_batch=_stride(sinks, 0),
-            sinks_head=_stride(sinks, 1),
-            sinks_query=_stride(sinks, 2),
+            sinks_batch=sinks_strides[0],
+            sinks_head=sinks_strides[1],
+            sinks_query=sinks_strides[2],
             start=start,
             end=end,
-            range_batch=_stride(start, 0),
+            range_batch=_strides(start, 1)[0],
             keys=keys,
-            keys_batch=_stride(keys, 0),
+            keys_batch=_strides(keys, 1)[0],
+            runs=runs,
+            runs_batch=_strides(runs, 1)[0],
             left=problem.sliding_window,
             right=1 if problem.is_causal else problem.sliding_window,
             cap=problem.softcap,
             seed=problem.seed if problem.dropout > 0.0 else None,
             keep_scale=1.0 / (1.0 - problem.dropout) if problem.dropout < 1.0 else 0.0,
         )
-
-    @property
-    def shifted(self) -> bool:
-        """Whether rows carry a running maximum of their additive log-weights."""
-        problem = self.problem
-        return (
-            problem.response.kind != "hill"
-            or problem.key_bias is not None
-            or problem.bias is not None
-        )
-
-    @property
-    def plain(self) -> bool:
-        """Whether tiles take the short path: Hill response of power 1 of a bare product."""
-        return (
-            not self.shifted
-            and self.problem.response.kind == "hill"
-            and self.problem.response.power == 1.0
-            and self.problem.softcap is None
-        )
-
-    @property
-    def wide(self) -> bool:
-        """Whether weights outgrow float16 (z² is unbounded), so that they meet the values in tf32."""
-        return self.problem.query.dtype == torch.float16 and self.problem.response.kind == "square"
-
-    @cached_property
-    def rule(self) -> Rule:
-        """The compile-time choices."""
-        problem, response = self.problem, self.problem.response
-        hill = response.kind == "hill"
-        half = problem.query.dtype == torch.float16
-        choices = {
-            "kind": _KINDS[response.kind],
-            "power": float(response.power),
-            "epsilon": float(response.epsilon),
-            "limit": response.limit(torch.float32),
-            "threshold": threshold(problem.dropout),
-            "plain": self.plain,
-            # Extreme scales would overflow, a learned one may become extreme, and gradients without
-            # the scale sink below the range of float16.
-            "folded": (self.plain or response.kind == "square")
-            and not half
-            and problem.softcap is None
-            and problem.gain is None
-            and 1e-4 <= abs(problem.scale) <= 1e4,
-            "shifted": self.shifted,
-            "keyed": self.shifted and response.kind != "exp" and problem.bias is None,
-            "masked": problem.mask is not None
-            or (problem.ranges is not None and problem.ranges.keys is not None),
-            "lift": 2.0**14 if half and hill else 1.0,
-            "wide": self.wide,
-            "precision": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-            "fast": COMPILED and torch.version.hip is None,
-            "interpreted": not COMPILED,
-        }
-        return Rule(**{name: tl.constexpr(value) for name, value in choices.items()})

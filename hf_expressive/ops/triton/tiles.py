@@ -9,6 +9,7 @@ D query/key size, E value size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import triton
@@ -21,6 +22,7 @@ HILL = tl.constexpr(0)
 SQUARE = tl.constexpr(1)
 EXP = tl.constexpr(2)
 
+
 _HIDDEN = tl.constexpr(HIDDEN)
 _COLUMN_FACTOR = tl.constexpr(COLUMN_FACTOR)
 _MIX_FACTOR_1 = tl.constexpr(MIX_FACTOR_1)
@@ -32,40 +34,53 @@ _TANH_RATE = tl.constexpr(-2.0 * 1.4426950408889634)
 TINY = tl.constexpr(1.1754943508222875e-38)
 
 
-class Rule(NamedTuple):
-    """The compile-time choices of a launch; every field is a `tl.constexpr`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """The compile-time choices of a launch, passed to kernels as one constant.
 
     Args:
         kind: `HILL`, `SQUARE` or `EXP`; power, epsilon, limit: see `response.Response`.
         threshold: dropout threshold of the 32-bit hash, 0 without dropout.
         plain: Hill response of power 1 of a bare product: no softcap, no additive log-weight.
         folded: scale² is not in the score: with `plain` it sits in s² / (s² + 1/scale²), with `SQUARE`
-            in the additive log-weight.
-        shifted: weights carry an additive log-weight, so that rows need its running maximum.
-        keyed: with `shifted`, that log-weight depends on the key alone.
-        masked: visibility does not follow from the bounds of the rows alone.
+            it multiplies all weights and so only shifts the log normaliser.
+        shifted: weights carry an additive log-weight, so that rows need a reference level for it.
+        keyed: weights carry a factor a key, at most 1, known beforehand. It stands for an additive
+            log-weight that depends on the key alone and spreads so little over the keys of a key/value
+            head (`launch.STEADY`) that one reference level a head serves all rows. A second launch with
+            `shifted` does the heads where it spreads more; which, is known on the device only.
+        prescaled: the backward pass divides rows of dout by the normaliser beforehand.
         lift: power of two that keeps small weights out of the subnormal range of float16.
         wide: weights outgrow float16 and meet the values in tf32.
-        precision: of float32 products, "ieee" or "tf32".
+        precision: of float32 products, as `tl.dot` names it.
         fast: approximate reciprocal in inline assembly (relative error below 2⁻²³).
         interpreted: the kernel runs in Triton's interpreter.
     """
 
-    kind: Any
-    power: Any
-    epsilon: Any
-    limit: Any
-    threshold: Any
-    plain: Any
-    folded: Any
-    shifted: Any
-    keyed: Any
-    masked: Any
-    lift: Any
-    wide: Any
-    precision: Any
-    fast: Any
-    interpreted: Any
+    kind: int
+    power: float
+    epsilon: float
+    limit: float
+    threshold: int
+    plain: bool
+    folded: bool
+    shifted: bool
+    keyed: bool
+    prescaled: bool
+    lift: float
+    wide: bool
+    precision: str
+    fast: bool
+    interpreted: bool
+
+
+class Sizes(NamedTuple):
+    """Sizes that kernels read at run time; `group` query heads share a key/value head."""
+
+    heads: int
+    group: int
+    queries: int
+    keys: int
 
 
 class Terms(NamedTuple):
@@ -78,13 +93,17 @@ class Terms(NamedTuple):
     Args:
         gain: (H,). key_bias: (B, K, N), contiguous.
         bias, mask: over (B, H, Q, N), each with four strides. sinks: over (B, H, Q), with three.
+        key_factor: with `rule.keyed`, exp(key_bias − level), (B, K, N); level, (B · K,), its maximum.
         start, end: of `KeyRanges`, (B or 1, Q), with the batch stride; keys: (B or 1, N), likewise.
+        runs: `launch.key_runs` of the keys, (B or 1, 3), likewise.
         cap: of the score.
         seed: of the dropout; keep_scale: 1 / (1 − probability).
     """
 
     gain: Any
     key_bias: Any
+    key_factor: Any
+    level: Any
     bias: Any
     bias_batch: int
     bias_head: int
@@ -104,11 +123,26 @@ class Terms(NamedTuple):
     range_batch: int
     keys: Any
     keys_batch: int
+    runs: Any
+    runs_batch: int
     left: int | None
     right: int | None
     cap: float | None
     seed: Any
     keep_scale: float
+
+
+@triton.jit
+def program_place(bundle, tiles):
+    """(flat head, tile) of this program, `bundle` heads at a time: all their first tiles, then the next.
+
+    What the programs at work read is then what a bundle holds, which `Call.bundle` keeps within the L2
+    cache; with all heads at once the loads of a long batch would come from memory.
+    """
+    first = tl.program_id(0) // (bundle * tiles) * bundle
+    rest = tl.program_id(0) - first * tiles
+    width = tl.minimum(bundle, tl.num_programs(0) // tiles - first)
+    return first + rest % width, rest // width
 
 
 @triton.jit
@@ -121,15 +155,15 @@ def head_factor(terms, scale, head):
 
 
 @triton.jit
-def row_bounds(terms, batch, query, num_queries, num_keys):
+def row_bounds(terms, sizes, batch, query):
     """[start, end) of the keys each query sees as far as causality, window and ranges say.
 
     Queries past the last one repeat its bounds, so that they never make a tile look partial.
     """
-    query = tl.minimum(query, num_queries - 1)
-    diagonal = query + (num_keys - num_queries)
+    query = tl.minimum(query, sizes.queries - 1)
+    diagonal = query + (sizes.keys - sizes.queries)
     start = tl.zeros_like(query)
-    end = start + num_keys
+    end = start + sizes.keys
     if terms.left is not None:
         start = tl.maximum(start, diagonal - terms.left + 1)
     if terms.right is not None:
@@ -138,7 +172,28 @@ def row_bounds(terms, batch, query, num_queries, num_keys):
         row = batch.to(tl.int64) * terms.range_batch + query
         start = tl.maximum(start, tl.load(terms.start + row))
         end = tl.minimum(end, tl.load(terms.end + row))
+    if terms.runs is not None:
+        runs = terms.runs + batch * terms.runs_batch
+        start = tl.maximum(start, tl.load(runs))
+        end = tl.minimum(end, tl.load(runs + 1))
     return start, end
+
+
+@triton.jit
+def tile_span(terms, batch, start, end, num_keys):
+    """From the bounds of a tile's rows: [first, last) that any of them sees, [inner_start, inner_end)
+    that all of them see without a hole."""
+    seen = start < end
+    first = tl.min(tl.where(seen, start, num_keys), 0)
+    last = tl.max(tl.where(seen, end, 0), 0)
+    inner_start = tl.max(start, 0)
+    inner_end = tl.min(end, 0)
+    if terms.runs is not None:
+        hole = tl.load(terms.runs + batch * terms.runs_batch + 2)
+        inner_end = tl.minimum(inner_end, hole)
+    if terms.mask is not None:
+        inner_end = 0
+    return first, last, inner_start, inner_end
 
 
 @triton.jit
@@ -149,51 +204,79 @@ def row_place(batch, head, query, batch_stride, head_stride, query_stride):
 
 
 @triton.jit
-def is_visible(terms, batch, head, query, key, num_queries, num_keys):
-    """Which keys of the tile each query sees, bool; false past the last key."""
-    start, end = row_bounds(terms, batch, query, num_queries, num_keys)
+def is_idle(rule, steady, key_row):
+    """Whether the launch with the other rule does the work of a key/value head; see `Rule.keyed`."""
+    return (tl.load(steady + key_row) != 0) != rule.keyed
+
+
+@triton.jit
+def is_visible(terms, sizes, batch, head, start, end, query, key):
+    """Which keys of the tile each query sees, bool; start, end: `row_bounds` of the queries."""
     visible = (key >= start) & (key < end)
     if terms.keys is not None:
         place = batch.to(tl.int64) * terms.keys_batch + key
-        visible &= tl.load(terms.keys + place, mask=key < num_keys, other=0) != 0
+        visible &= tl.load(terms.keys + place, mask=key < sizes.keys, other=0) != 0
     if terms.mask is not None:
         place = row_place(batch, head, query, terms.mask_batch, terms.mask_head, terms.mask_query)
         place = place + key.to(tl.int64) * terms.mask_key
-        inside = (key < num_keys) & (query < num_queries)
+        inside = (key < sizes.keys) & (query < sizes.queries)
         visible &= tl.load(terms.mask + place, mask=inside, other=0) != 0
     return visible
 
 
 @triton.jit
-def log_weight(
-    rule, terms, score, inverse, batch, head, key_row, query, key, num_queries, num_keys
-):
-    """The additive log-weight of the tile; −inf where the bias hides the key.
-
-    key_row = batch · K + key/value head. With `rule.keyed` one value a key, shaped like `key`.
-    With `rule.folded` it includes the scale² that `response` leaves out.
-    """
+def key_log_weight(terms, sizes, key_row, key):
+    """The additive log-weight of keys; key_row = batch · K + key/value head."""
     additive = tl.zeros_like(key).to(tl.float32)
-    if rule.kind == EXP:
-        additive = score
     if terms.key_bias is not None:
-        place = key_row.to(tl.int64) * num_keys + key
-        additive += tl.load(terms.key_bias + place, mask=key < num_keys, other=0.0)
-    if rule.folded:
-        additive -= tl.log2(inverse) * LN_2
+        place = key_row.to(tl.int64) * sizes.keys + key
+        additive += tl.load(terms.key_bias + place, mask=key < sizes.keys, other=0.0)
+    return additive
+
+
+@triton.jit
+def key_factors(terms, sizes, key_row, key):
+    """The factors of `rule.keyed`, 0 past the last key."""
+    place = key_row.to(tl.int64) * sizes.keys + key
+    return tl.load(terms.key_factor + place, mask=key < sizes.keys, other=0.0)
+
+
+@triton.jit
+def log_weight(rule, terms, sizes, score, batch, head, key_row, query, key):
+    """The additive log-weight of the tile; −inf where the bias hides the key."""
+    additive = key_log_weight(terms, sizes, key_row, key)
+    if rule.kind == EXP:
+        additive += score
     if terms.bias is not None:
         place = row_place(batch, head, query, terms.bias_batch, terms.bias_head, terms.bias_query)
         place = place + key.to(tl.int64) * terms.bias_key
-        inside = (key < num_keys) & (query < num_queries)
+        inside = (key < sizes.keys) & (query < sizes.queries)
         value = tl.load(terms.bias + place, mask=inside, other=0.0).to(tl.float32)
         additive = tl.where(value > _HIDDEN, additive + value, float("-inf"))
     return additive
 
 
 @triton.jit
+def common_level(rule, terms, key_row, inverse):
+    """The logarithm of what the tiles leave out of every weight of a key/value head."""
+    level = 0.0
+    if rule.folded and not rule.plain:  # scale²
+        level -= tl.log2(inverse) * LN_2
+    if rule.keyed and terms.level is not None:
+        level += tl.load(terms.level + key_row)
+    return level
+
+
+@triton.jit
 def exp(x):
     """eˣ. Differences are taken before the change of base, which would round both terms."""
     return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def exp_below(x):
+    """eˣ where x exceeds 0 only by what one small response can account for; capped before infinity."""
+    return exp(tl.minimum(x, 87.0))
 
 
 @triton.jit
@@ -275,12 +358,12 @@ def response(score, inverse, rule):
 
 @triton.jit
 def response_and_slope(score, inverse, rule):
-    """`response` and its derivative; for "exp" both without the factor exp(z)."""
+    """`response` and its derivative (half of it for "square"); for "exp" both without exp(z)."""
     if rule.kind == HILL:
         raised, over, rest = hill_parts(score, rule)
         return raised * rest, over * rest * rest * (2.0 * rule.power)
     elif rule.kind == SQUARE:
-        return score * score + rule.epsilon * inverse, 2.0 * score
+        return score * score + rule.epsilon * inverse, score
     else:
         one = tl.zeros_like(score) + 1.0
         return one, one

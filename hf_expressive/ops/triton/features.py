@@ -1,0 +1,120 @@
+"""Spectral features fused with their projection: one pass over queries or keys, forward and backward.
+
+With t = factor · x W_s in cycles and a row of the output split into cosines and sines,
+
+    φ(x) = [Σ_s cos 2πt_s ; Σ_s sin 2πt_s] / (S √M)
+
+the projection never reaches memory: the forward pass reads x and writes φ, the backward pass reads x
+and dφ, projects again and writes dx; a second kernel leaves a part of dW for every run of positions, and
+the parts are added afterwards, so that gradients are the same in every run.
+
+Letters: B batch, H heads of x, K heads of the frequencies (H = K · group), N positions, D head size,
+S densities, M frequencies a density.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_HEAD_SIZE = 256
+_NAMESPACE = __name__.partition(".")[0]  # as in `ops.library`
+
+
+def unsupported(x: Tensor, frequencies: Tensor) -> str | None:
+    """One sentence why the fused kernels cannot make features of `x`, or `None` if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed."
+    if x.dtype not in _DTYPES:
+        return f"Triton kernels take float16, bfloat16 or float32 tensors, got {x.dtype}."
+    if x.shape[-1] > _MAX_HEAD_SIZE:
+        return f"Triton kernels take head sizes up to {_MAX_HEAD_SIZE}, got {x.shape[-1]}."
+    if 0 in x.shape or 0 in frequencies.shape:
+        return "Triton kernels take no empty tensors."
+    if not x.is_cuda:
+        from .launch import COMPILED
+
+        if COMPILED:
+            return f"Triton kernels run on a GPU, the tensor is on {x.device}."
+    return None
+
+
+def fused_features(x: Tensor, frequencies: Tensor, factor: float) -> Tensor:
+    """`spectral_features` of factor · x in the dtype of `x`, which `unsupported` must have accepted.
+
+    Args:
+        x: (batch, heads, positions, dim), any strides.
+        frequencies: (key/value heads, S, dim, M), or with a batch dimension in front; cycles per unit.
+        factor: multiplies x.
+
+    Returns:
+        (batch, heads, positions, 2M), differentiable once in `x` and `frequencies`.
+    """
+    shared = frequencies.dim() == 4
+    samples = frequencies.float()
+    result: Tensor = _forward(x, samples[None] if shared else samples, factor)
+    return result
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::features_forward", mutates_args=())
+def _forward(x: Tensor, frequencies: Tensor, factor: float) -> Tensor:
+    from .features_kernels import forward
+
+    return forward(x, frequencies, factor)
+
+
+@_forward.register_fake
+def _forward_fake(x: Tensor, frequencies: Tensor, factor: float) -> Tensor:
+    return x.new_empty((*x.shape[:3], 2 * frequencies.shape[-1]))
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::features_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    frequencies: Tensor,
+    factor: float,
+    need_x: bool,
+    need_frequencies: bool,
+) -> tuple[Tensor, Tensor]:
+    from .features_kernels import backward_input, backward_samples
+
+    # An operator returns tensors only; an unwanted gradient travels as an empty one.
+    nothing = x.new_empty(0)
+    return (
+        backward_input(grad, x, frequencies, factor) if need_x else nothing,
+        backward_samples(grad, x, frequencies, factor) if need_frequencies else nothing.float(),
+    )
+
+
+@_backward.register_fake
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    frequencies: Tensor,
+    factor: float,
+    need_x: bool,
+    need_frequencies: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        frequencies.new_empty(frequencies.shape if need_frequencies else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.factor = inputs[2]
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    needs = ctx.needs_input_grad
+    grad_x, grad_frequencies = _backward(grad, *ctx.saved_tensors, ctx.factor, needs[0], needs[1])
+    return grad_x if needs[0] else None, grad_frequencies if needs[1] else None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
