@@ -9,8 +9,8 @@ model for each N that is told τ by the first token of a sequence and learns all
 
 Models of one width, positions and attention are trained at once, see stacked.py; every process takes
 its share of these groups. A group that is finished is a file in the output folder and is not trained
-again, so the same command goes on after an interruption. The last process to finish writes
-results.json and the heat maps of reached accuracy.
+again, so the same command goes on after an interruption. results.json and the heat maps of reached
+accuracy are made of the groups that are there.
 
 Sequences are drawn anew for every step. Where there are at least 4096 of them, those to measure on are
 never trained on; of fewer, the same ones come again.
@@ -337,8 +337,13 @@ def draw(results: dict[str, Any], positions: str, setting: str) -> Figure:
     )
     panels = figure.subplots(len(widths), len(kinds), squeeze=False, sharex=True, sharey=True)
     for (row, width), (column, kind) in product(enumerate(widths), enumerate(kinds)):
-        axes, values = panels[row][column], found[width, kind]
+        axes = panels[row][column]
+        nothing = [[math.nan] * len(options["bases"]) for _ in options["delays"]]
+        values = found.get((width, kind), nothing)
         image = axes.imshow(values, vmin=0, vmax=1, cmap="cividis", origin="lower", aspect="auto")
+        if values is nothing:
+            axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center", color="0.5")
+            values = []
         for y, line in enumerate(values):
             for x, value in enumerate(line):
                 # Rounded down: what says 1.00 has reached it.
@@ -391,25 +396,24 @@ def print_summary(results: dict[str, Any], console: Console) -> None:
     }
     options = results["options"]
     for key in product(options["settings"], options["positions"], options["widths"]):
+        rows = [cells.get((*key, kind)) for kind in kinds]
         shown = [
-            f"{cells[*key, kind]['mean_accuracy']:.3f} ({cells[*key, kind]['solved']:.2f})"
-            for kind in kinds
+            f"{row['mean_accuracy']:.3f} ({row['solved']:.2f})" if row else "not run"
+            for row in rows
         ]
         table.add_row(*map(str, key), *shown)
     console.print(table)
 
 
 def report(folder: Path, groups: list[Group], results: dict[str, Any], console: Console) -> None:
-    """Puts the groups together: results.json, heat maps, table."""
+    """Puts groups together: results.json, heat maps, table."""
     results["groups"] = [
         json.loads((folder / "groups" / group.file_name).read_text(encoding="utf-8"))
         for group in groups
     ]
     results["summary"] = summary(results)
     write_text(folder / "results.json", json.dumps(results, ensure_ascii=False, indent=1) + "\n")
-    for positions, setting in product(
-        results["options"]["positions"], results["options"]["settings"]
-    ):
+    for positions, setting in sorted({(group.positions, group.setting) for group in groups}):
         draw(results, positions, setting).savefig(folder / f"{setting}-{positions}.png")
     print_summary(results, console)
 
@@ -448,7 +452,8 @@ def main() -> None:
             write_text(file, json.dumps(found, indent=1) + "\n")
     accelerator.wait_for_everyone()
     missing = [group for group in groups if not (folder / "groups" / group.file_name).exists()]
-    if accelerator.is_main_process and not missing:
+    present = [group for group in groups if group not in missing]
+    if accelerator.is_main_process and present:
         results = {
             "recipe": "nt_ladder",
             "options": settings,

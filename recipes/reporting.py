@@ -47,8 +47,8 @@ _PACKAGES = (
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; the line styles repeat the
 # distinction for print in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_STYLES = ("--", "-", "-.", ":")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("--", "-", "-.", ":")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +267,7 @@ def draw(record: Record) -> Figure:
     figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     for index, variant in enumerate(record.variants):
-        colour, style = _COLOURS[index % len(_COLOURS)], _STYLES[index % len(_STYLES)]
+        colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
         runs = record.runs_of(variant)
         steps = runs[0].curve["step"]
         values = [run.curve[metric["key"]] for run in runs]

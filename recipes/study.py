@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 from arguments import Attention
-from reporting import Record, Run, plot
+from matplotlib.figure import Figure
+from reporting import COLOURS, STYLES, Record, Run, Spread
 from rich.console import Console
 from rich.table import Table
 
@@ -179,55 +180,83 @@ def collect(jobs: Sequence[Job], settings: Sequence[Setting], folder: Path) -> R
         runs=runs,
         environment=environments[0],
     )
+    record = replace(record, task={**record.task, "comparison": comparison(record)})
     record.save(folder / "results.json")
-    plot(comparable(record), folder / "loss.png")
+    draw(record).savefig(folder / "loss.png")
     return record
 
 
-def comparable(record: Record) -> Record:
-    """The runs without their first measurement, as far as all of a variant have come."""
-    runs = []
-    for run in record.runs:
-        least = min(len(other.curve["step"]) for other in record.runs_of(run.variant))
-        first = 1 if least > 2 else 0
-        curve = {key: values[first:least] for key, values in run.curve.items()}
-        runs.append(replace(run, curve=curve))
-    return replace(record, runs=runs)
+def mean_at(record: Record, name: str, step: int) -> list[float]:
+    """Losses of a setting's runs at a step that they were measured at."""
+    return [
+        run.curve["loss"][list(run.curve["step"]).index(step)]
+        for run in record.runs_of(name)
+        if step in run.curve["step"]
+    ]
+
+
+def comparison(record: Record) -> list[dict[str, Any]]:
+    """Of each setting: its loss at the last step of all its runs, and the best softmax's there."""
+    compared = record.settings["compared"]
+    softmax = [name for name in record.variants if compared[name].endswith("/sdpa")]
+    rows = []
+    for name in record.variants:
+        step = min(run.curve["step"][-1] for run in record.runs_of(name))
+        losses = mean_at(record, name, step)
+        others = [found for other in softmax if (found := mean_at(record, other, step))]
+        row = {"setting": name, "attention": compared[name], "step": step, "losses": losses}
+        if others:
+            row["best_softmax"] = min(map(statistics.fmean, others))
+        rows.append(row)
+    return rows
+
+
+def in_order(record: Record) -> list[dict[str, Any]]:
+    """The comparison, best first: by the difference to softmax, since steps may differ."""
+
+    def rank(row: dict[str, Any]) -> float:
+        return statistics.fmean(row["losses"]) - row.get("best_softmax", 0.0)
+
+    return sorted(record.task["comparison"], key=rank)
+
+
+def draw(record: Record) -> Figure:
+    """Mean curves, the best below; what is far above the best is named, but out of sight."""
+    rows = in_order(record)
+    figure = Figure(figsize=(9.6, 4.8), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    best = min(statistics.fmean(row["losses"]) for row in rows)
+    for number, row in enumerate(rows):
+        runs = record.runs_of(row["setting"])
+        steps = [step for step in runs[0].curve["step"][1:] if step <= row["step"]]
+        lines = [run.curve["loss"][1 : len(steps) + 1] for run in runs]
+        colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS)]
+        label = f"{row['setting']}: {statistics.fmean(row['losses']):.3f} at {row['step']}"
+        mean = [statistics.fmean(values) for values in zip(*lines, strict=True)]
+        axes.plot(steps, mean, color=colour, linestyle=style, linewidth=2, label=label)
+        for line in lines:
+            axes.plot(steps, line, color=colour, linestyle=style, linewidth=0.6, alpha=0.5)
+    axes.set(xlabel="training step", ylabel=record.task["metric"]["name"])
+    axes.set_xlim(0, None)
+    axes.set_ylim(best - 0.02, best + 0.45)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    figure.legend(loc="outside right center", frameon=False, handlelength=3, fontsize=9)
+    return figure
 
 
 def print_comparison(record: Record, console: Console) -> None:
-    """Final loss of each setting, and how far it is from the best softmax."""
-    last = record.settings["steps"]
-    finals = {
-        name: [run.final["loss"] for run in record.runs_of(name) if run.curve["step"][-1] == last]
-        for name in record.variants
-    }
-    softmax = [
-        statistics.fmean(values)
-        for name, values in finals.items()
-        if values and record.settings["compared"][name].endswith("/sdpa")
-    ]
-    table = Table(title=f"{record.task['metric']['name']} after {last} steps", title_style="bold")
-    for column in ("setting", "attention", "mean ± deviation", "to the best softmax", "seeds"):
+    """Loss of each setting, and how far it is from the best softmax at the same step."""
+    table = Table(title=record.task["metric"]["name"], title_style="bold")
+    for column in ("setting", "attention", "step", "mean ± deviation", "to softmax", "seeds"):
         left = column in ("setting", "attention")
         table.add_column(column, justify="left" if left else "right", overflow="fold")
-    ordered = sorted((n for n in finals if finals[n]), key=lambda n: statistics.fmean(finals[n]))
-    for name in ordered:
-        values = finals[name]
-        mean = statistics.fmean(values)
-        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        table.add_row(
-            name,
-            record.settings["compared"][name],
-            f"{mean:.4f}{spread}",
-            f"{mean - min(softmax):+.4f}" if softmax else "",
-            str(len(values)),
-        )
+    for row in in_order(record):
+        spread = Spread.of(row["losses"])
+        far = f"{spread.mean - row['best_softmax']:+.4f}" if "best_softmax" in row else ""
+        cells = [row["setting"], row["attention"], str(row["step"]), str(spread), far]
+        table.add_row(*cells, str(len(spread.values)))
     console.print(table)
-    for name, values in finals.items():
-        missing = len(record.runs_of(name)) - len(values)
-        if missing:
-            console.print(f"{name}: {missing} of its runs did not reach the last step")
 
 
 def main() -> None:
@@ -247,9 +276,15 @@ def main() -> None:
     parser.add_argument("--per_device", type=int, default=1, help="runs at a time on each")
     parser.add_argument("--minutes", type=float, help="stop after this time (default: never)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/study"))
+    parser.add_argument("--show", type=Path, help="only the table and picture of this results.json")
     words = sys.argv[1:]
     split = words.index("--") if "--" in words else len(words)
     given, options = parser.parse_args(words[:split]), words[split + 1 :]
+    if given.show is not None:
+        record = Record.load(given.show)
+        draw(record).savefig(given.show.with_suffix(".png"))
+        print_comparison(record, Console(soft_wrap=True))
+        return
     devices = given.devices or [str(i) for i in range(torch.cuda.device_count())] or ["cpu"]
     jobs = [
         Job(setting, seed, given.output_dir / "runs" / f"{number:02}-seed{seed}")
