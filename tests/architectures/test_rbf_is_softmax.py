@@ -22,7 +22,7 @@ from .test_architectures import SAMPLE
 
 TOLERANCE = 1e-5
 #: Outputs at positions that see no key: exactly zero by contract, where softmax spreads evenly.
-BLIND = dict.fromkeys(("timesfm", "timesfm2_5"), {".last_hidden_state"})
+BLIND = {name: {".last_hidden_state"} for name in ("timesfm", "timesfm2_5")}
 #: At the first seeds a single rounding of the weights moves the outputs by more than the tolerance.
 STEADY_SEED = {"deimv2": 2}
 
