@@ -455,7 +455,8 @@ def main() -> None:
     bar.close()
     if accelerator.is_main_process:
         print_table(record or Record.load(results), console)
-    console.print(f"{results} and {picture} written")
+    # The picture is that of the first repeat, which may have been another run's.
+    console.print(f"{results} {f'and {picture} ' if 0 in seeds else ''}written")
     accelerator.end_training()
 
 
