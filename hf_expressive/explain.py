@@ -20,7 +20,7 @@ from .discovery import (
 from .ops.functional import choose
 from .ops.problem import AttentionProblem
 from .ops.response import Response
-from .patcher import implementation
+from .patcher import implementation, runs
 from .registry import CHILD, MECHANISMS, options_of
 
 
@@ -76,7 +76,7 @@ def explain(model: PreTrainedModel) -> Explanation:
     """
     layers = []
     for found in attention_modules(model):
-        name = implementation(found.owner)
+        name = runs(found)
         child = found.module._modules.get(CHILD)
         if name not in MECHANISMS or not isinstance(child, Mechanism):
             layers.append(LayerExplanation(found.name, name, "all heads", 0, "Transformers"))

@@ -121,19 +121,22 @@ def prepare(model: PreTrainedModel) -> None:
     """
     if (name := model.__dict__.get(_WHOLE)) is not None:
         # Some models build parts from configs beside their own, or let a part's constructor reset it.
-        for part in submodels(model):
-            part.config._attn_implementation_internal = name
+        reached = [part.config for part in submodels(model)]
+        reached += [c for f in attention_modules(model) if (c := own_config(f.module)) is not None]
+        for config in reached:
+            config._attn_implementation_internal = name
             if getattr(model.config, SECTION) is not None:
-                part.config.__dict__.setdefault(SECTION, getattr(model.config, SECTION))
-    wanted = [f for f in attention_modules(model) if implementation(f.owner) in MECHANISMS]
+                config.__dict__.setdefault(SECTION, getattr(model.config, SECTION))
+    wanted = [f for f in attention_modules(model) if runs(f) in MECHANISMS]
     foreign = [f for f in foreign_modules(model) if implementation(f.owner) in MECHANISMS]
     if foreign:
         refuse_foreign(model, foreign, implementation(foreign[0].owner))
     children: Children = []
-    for owner in {id(found.owner): found.owner for found in wanted}.values():
-        options = options_of(owner.config, implementation(owner))
+    for first in {(id(found.owner), runs(found)): found for found in wanted}.values():
+        owner = first.owner
+        options = options_of(owner.config, runs(first))
         record(owner.config, options)
-        of_owner = [found for found in wanted if found.owner is owner]
+        of_owner = [f for f in wanted if f.owner is owner and runs(f) == runs(first)]
         missing = [found for found in of_owner if not carries_mechanism(found.module)]
         check_layers(of_owner, options)
         children += make_children(missing, options)
@@ -158,6 +161,12 @@ def own_config(module: nn.Module) -> PreTrainedConfig | None:
     """The config that an attention module itself holds; it asks this one for the implementation."""
     config = getattr(module, "config", None)
     return config if isinstance(config, PreTrainedConfig) else None
+
+
+def runs(found: AttentionModule) -> str:
+    """The attention implementation that a module runs: its own config decides, else its owner's."""
+    config = own_config(found.module)
+    return str((found.owner.config if config is None else config)._attn_implementation)
 
 
 def carries_mechanism(module: nn.Module) -> bool:
@@ -254,7 +263,9 @@ def refuse_foreign(model: PreTrainedModel, foreign: list[AttentionModule], name:
         "attention registry."
     )
     unable = {id(f.owner.config) for f in foreign}
-    able = {id(f.owner.config) for f in attention_modules(model)} - unable
+    asking = attention_modules(model)
+    able = {id(f.owner.config) for f in asking} | {id(own_config(f.module)) for f in asking}
+    able -= unable
     if able & {id(part) for part in configs_of(model.config)}:
         parts = json.dumps(_per_part(model.config, able, name))
         reason += f" Name the parts that do: attn_implementation={parts}."

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .attention.base import AttentionCall, Mechanism
 from .discovery import AttentionModule, attention_modules
-from .patcher import implementation
+from .patcher import runs
 from .registry import CHILD, MECHANISMS
 
 _LENGTH = 12
@@ -88,7 +88,7 @@ def verify(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> R
         VerificationError: a check failed; the message is the report.
         ValueError: the model carries no mechanism, or no input can be made up for it.
     """
-    modules = [m for m in attention_modules(model) if implementation(m.owner) in MECHANISMS]
+    modules = [m for m in attention_modules(model) if runs(m) in MECHANISMS]
     if not modules:
         raise ValueError(
             f"{type(model).__name__} runs no mechanism of hf_expressive; load it with "
@@ -111,7 +111,7 @@ def verify(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> R
             outcomes = tuple(_run(name, check) for name, check in checks)
     finally:
         model.train(training)
-    mechanisms = sorted({implementation(m.owner) for m in modules})
+    mechanisms = sorted({runs(m) for m in modules})
     dtype = str(model.dtype).removeprefix("torch.")
     title = f"{type(model).__name__} with {', '.join(mechanisms)}, {dtype} on {model.device.type}"
     report = Report(title, outcomes)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -27,11 +29,15 @@ from transformers import (
     PreTrainedModel,
     ResNetConfig,
     ResNetModel,
+    SamConfig,
+    SamModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Config,
     T5Model,
 )
 
-from hf_expressive import ExpressiveConfig, attach, detach, patcher
+from hf_expressive import ExpressiveConfig, attach, detach, explain, patcher
 from hf_expressive.attention.base import AttentionCall, Mechanism
 from hf_expressive.attention.expressive import ExpressiveAttention
 from hf_expressive.config import SECTION
@@ -266,6 +272,45 @@ def test_foreign_architecture_is_not_built(
         setattr(config, SECTION, ExpressiveConfig())
     with pytest.raises(ValueError, match=f"({name}).*expressive"):
         cls._from_config(config, **options)
+
+
+def test_refusal_names_the_parts_that_do() -> None:
+    """A model of which one part cannot is refused in terms of all of it, with what to pass instead."""
+    config = SamConfig(
+        vision_config={"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+        mask_decoder_config={"hidden_size": 16, "num_hidden_layers": 1},
+    )
+    with torch.device("meta"), pytest.raises(ValueError, match="registry") as refused:
+        SamModel._from_config(config, attn_implementation="expressive")
+    message = str(refused.value)
+    assert message.startswith("SamModel cannot run"), message
+    assert "vision_encoder.layers.0.attn (SamVisionAttention)" in message
+    remedy = re.search(r"attn_implementation=(\{.*\})", message)
+    assert remedy is not None, message
+    parts = json.loads(remedy.group(1))
+    assert parts["vision_config"] == "eager"
+    assert parts["mask_decoder_config"] == "expressive"
+    with torch.device("meta"):
+        model = SamModel._from_config(config, attn_implementation=parts)
+    assert children(model)
+    own = [row.name for row in explain(model).layers if row.mechanism == "its own"]
+    assert own == ["vision_encoder.layers.0.attn", "vision_encoder.layers.1.attn"]
+
+
+def test_pooling_is_no_attention() -> None:
+    """A head that pools by one learned query compares no tokens: it stays, and `explain` says so."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = SiglipVisionConfig(**sizes, num_attention_heads=2, image_size=8, patch_size=4)
+    model = SiglipVisionModel._from_config(config, attn_implementation="expressive")
+    rows = {row.name.rpartition(".")[2]: row.mechanism for row in explain(model).layers}
+    assert rows == {"self_attn": "expressive", "attention": "its own"}
+    # The same module within an encoder layer is attention.
+    layer = model.base_model.get_submodule(
+        next(f.name for f in attention_modules(model)).rpartition(".")[0]
+    )
+    layer.self_attn = nn.MultiheadAttention(16, 2)
+    with pytest.raises(ValueError, match="MultiheadAttention"):
+        attach(model, ExpressiveConfig())
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,10 @@ class ImplicitKernelAttention(Regularized, Mechanism):
 
     def evaluate(self, call: AttentionCall, heads: slice) -> tuple[Tensor, Tensor | None]:
         assert self.kernel is not None
-        frequencies, key, key_bias, self.regularizer = self.kernel(call)
+        frequencies, key, key_bias, regularizer = self.kernel(call)
+        # An exported program has no module to leave it on.
+        if not torch.compiler.is_exporting():
+            self.regularizer = regularizer
         if frequencies is None:
             return call.attend(Response("exp"), call.scaling, key_bias)
         if call.softcap is not None:
