@@ -183,18 +183,27 @@ class Classification(Task):
             desc="tokens",
         )
 
-    def build(self, attention: Attention) -> PreTrainedModel:
+    @property
+    def _label_names(self) -> dict[str, Any]:
+        """What the config of a model tells of the classes."""
         names = dict(enumerate(self.labels))
-        labels: dict[str, Any] = {
-            "id2label": names,
-            "label2id": {name: i for i, name in names.items()},
-        }
+        return {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+
+    def load(self, **options: Any) -> PreTrainedModel:
+        """The checkpoint with a head for these classes, and options of `from_pretrained`."""
+        return AutoModelForSequenceClassification.from_pretrained(
+            self.model.checkpoint, **self._label_names, **options
+        )
+
+    def build(self, attention: Attention) -> PreTrainedModel:
         if self.model.checkpoint is not None:
             return attention.load(
-                AutoModelForSequenceClassification.from_pretrained, self.model.checkpoint, **labels
+                AutoModelForSequenceClassification.from_pretrained,
+                self.model.checkpoint,
+                **self._label_names,
             )
         config = model_config(self.model, self.tokenizer, self.data.max_length)
-        config.update(labels)
+        config.update(self._label_names)
         return attention.build(AutoModelForSequenceClassification.from_config, config)
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:

@@ -184,6 +184,10 @@ class Checkpoints:
                 shutil.rmtree(self.folder / f"step-{old}")
         accelerator.wait_for_everyone()
 
+    def remove(self) -> None:
+        """Deletes them all, when the run has ended."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def load(self) -> int | None:
         """Brings everything that was prepared or registered back to the newest checkpoint.
 
