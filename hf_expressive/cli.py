@@ -24,7 +24,7 @@ from .checkpoint import check_weight_files
 from .config import CONFIG_CLASSES, SECTION
 from .explain import explain
 from .hub import Saveable, class_of, load, push
-from .kernel_repository import write_kernel_repository
+from .kernel_repository import KERNEL_VERSION, write_kernel_repository
 from .patcher import attach, configs_of
 from .verify import VerificationError, verify
 
@@ -133,7 +133,8 @@ def _push(given: argparse.Namespace) -> int:
 
 def _kernel(given: argparse.Namespace) -> int:
     path = write_kernel_repository(Path(given.folder))
-    print(f"{path}: written. Publish it: hf upload --repo-type kernel OWNER/NAME {path}")
+    upload = f"hf upload OWNER/NAME {path} . --repo-type kernel --revision v{KERNEL_VERSION}"
+    print(f"{path}: written. Publish it: {upload}")
     return 0
 
 

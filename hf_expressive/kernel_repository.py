@@ -42,8 +42,9 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="OWNER/{_NAME}")
 ```
 
-A checkpoint that was saved with hf_expressive runs with its own scale and power. Learned gains, hybrids
-with softmax attention and implicit kernel attention need the package.
+Transformers asks for `allow_all_kernels=True` as well where it does not know the publisher. A checkpoint
+that was saved with hf_expressive runs with its own scale and power. Learned gains, hybrids with
+softmax attention and implicit kernel attention need the package.
 
 ```python
 from kernels import get_kernel

@@ -383,33 +383,54 @@ _FULL_DISK = """
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     from hf_expressive import ExpressiveConfig, attach
     from tiny import llama
+    from transformers import AutoModelForCausalLM
     model = attach(llama(), ExpressiveConfig(power=3.0))
     # From here on the file system takes no file larger than this.
     resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
-    try:
-        model.save_pretrained(sys.argv[1])
-    except Exception as error:
-        print(type(error).__name__, error)
-    else:
-        sys.exit("it was written")
+    tries = {
+        "save": lambda: model.save_pretrained(sys.argv[1]),
+        "load": lambda: AutoModelForCausalLM.from_pretrained("me/small"),
+    }
+    for name, run in tries.items():
+        try:
+            run()
+        except Exception as error:
+            print(name, type(error).__name__, error)
+        else:
+            sys.exit(f"{name}: it was written")
 """
 
 
-def test_full_disk(tmp_path: Path) -> None:
-    """The operating system refuses to write: the earlier checkpoint is as it was, byte for byte."""
-    path = tmp_path / "checkpoint"
+def test_full_disk(hub: HubStandIn, tmp_path: Path) -> None:
+    """The operating system refuses to write, on saving and on downloading.
+
+    The earlier checkpoint is as it was, byte for byte, and no download has its final name.
+    """
+    path, cache = tmp_path / "checkpoint", tmp_path / "small cache"
+    push(variant(), "me/small")
     variant().save_pretrained(path)
     before = {entry.name: entry.read_bytes() for entry in path.iterdir()}
     helpers = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(_FULL_DISK), str(path)],
-        env={**os.environ, "PYTHONPATH": helpers},
+        env={
+            **os.environ,
+            "PYTHONPATH": helpers,
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_CACHE": str(cache),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+        },
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "File too large" in done.stdout
+    saved, loaded = (line for line in done.stdout.splitlines() if "File too large" in line)
+    assert saved.startswith("save ")
+    assert loaded.startswith("load ")
+    assert list(cache.rglob("config.json"))
+    assert not list(cache.rglob("*.safetensors"))
     assert {entry.name: entry.read_bytes() for entry in path.iterdir()} == before
 
 
