@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
+import sys
 import warnings
 from typing import Any
 
@@ -17,7 +19,7 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     from torch_geometric.nn import GATConv
 
-from hf_expressive import ImplicitKernelConfig, auxiliary_loss
+from hf_expressive import ImplicitKernelConfig, auxiliary_loss, graph
 from hf_expressive.graph import ImplicitKernelGATConv
 
 KERNELS = ["rbf", "stationary", "direct", "implicit", "copula"]
@@ -239,6 +241,15 @@ def test_scores_keep_their_precision_in_bfloat16(kernel: str) -> None:
         weights = rough.edge_update(*given, edges[1], None, 11)
     assert weights.dtype == torch.bfloat16
     assert largest_error(weights, expected) < 2**-8
+
+
+def test_a_missing_dependency_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_geometric.nn", None)
+    spec = importlib.util.spec_from_file_location("hf_expressive.again", str(graph.__file__))
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(ModuleNotFoundError, match=r"pip install hf-expressive\[graph\]"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def communities(seed: int) -> tuple[Tensor, Tensor, Tensor]:
