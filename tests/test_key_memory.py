@@ -227,3 +227,15 @@ def test_memory_is_given_back_by_any_other_pass() -> None:
         other()(IDS)
         assert all(memory._kept is None for memory in memories)
     assert len(memories) == 2
+
+
+def test_compiled_passes_leave_the_memory_alone() -> None:
+    """One graph without a break, the same logits before and after decoding has filled the memory."""
+    model = _llama("copula")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected = model(IDS, use_cache=False).logits
+        for _ in range(2):
+            logits = compiled(IDS, use_cache=False).logits
+            assert largest_error(logits, expected) < 1e-6
+            model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0)
