@@ -15,7 +15,7 @@
 * `ContinuousBatchingManager.switch_to_cb_friendly_attn` leaves a mechanism alone, where Transformers
   refuses every name but its own and swaps others for flash attention.
 * `PreTrainedModel.save_pretrained` writes beside the target and renames; `push_to_hub` publishes with
-  a model card (see `hub`).
+  a model card (see `saving` and `hub`).
 * `_get_resolved_checkpoint_files` tells which files the loader is about to read (see `checkpoint`).
 * `PreTrainedConfig.hf_expressive` validates options wherever they come from.
 * `PreTrainedConfig._remove_keys_not_serialized` and `get_config_dict` write and check what
@@ -29,17 +29,11 @@ import contextlib
 import copy
 import functools
 import inspect
-import json
-import os
 import re
-import secrets
-import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -50,7 +44,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 from transformers.models.auto import auto_factory
 
-from . import hub, patcher
+from . import patcher, saving
 from .attention.base import Mechanism
 from .checkpoint import check_config_file, check_weight_files, stock_names, variant_names
 from .config import SECTION, MechanismConfig, read_section
@@ -65,7 +59,6 @@ from .registry import MECHANISMS, options_of
 _INSTALLED = "_hf_expressive_installed"
 #: Implementations of Transformers itself, and kernels of the Hub, which only a user can ask for.
 _STOCK = re.compile(r"(paged\|)?(eager|sdpa|flex_attention|flash_attention.*|.*/.*)")
-_WEIGHTS = re.compile(r".*\.safetensors(\.index\.json)?")
 
 
 def install() -> None:
@@ -80,8 +73,8 @@ def install() -> None:
     _wrap(PreTrainedModel, "_initialize_weights", _initialize_weights)
     _wrap(PreTrainedModel, "get_correct_attn_implementation", _get_correct_attn_implementation)
     _wrap(PreTrainedModel, "set_attn_implementation", _set_attn_implementation)
-    _wrap(PreTrainedModel, "save_pretrained", _save_pretrained)
-    _wrap(PreTrainedModel, "push_to_hub", _push_to_hub)
+    _wrap(PreTrainedModel, "save_pretrained", saving.save_pretrained)
+    _wrap(PreTrainedModel, "push_to_hub", saving.push_to_hub)
     _wrap(modeling_utils, "_get_resolved_checkpoint_files", _get_resolved_checkpoint_files)
     _wrap(PreTrainedModel, "from_pretrained", _from_pretrained)
     _wrap(PreTrainedModel, "_from_config", _from_config)
@@ -447,97 +440,3 @@ def _switch_to_cb_friendly_attn(
             f'attn_implementation="{text}" runs with continuous batching from Transformers 5.23 on; '
             "update it, or use generate()."
         )
-
-
-# ---- saving ---------------------------------------------------------------------------------------
-
-
-def _save_pretrained(
-    original: Callable[..., None],
-    model: PreTrainedModel,
-    save_directory: str | os.PathLike[str],
-    *args: Any,
-    **kwargs: Any,
-) -> None:
-    """Writes a variant into a folder within the target, then renames its files into place.
-
-    Weights become current by one rename, of the only file or of the index; the config follows and
-    stale weights go last. Whenever it is interrupted, the target holds weights of one checkpoint.
-    """
-    uses = set(_leaves(_implementations(model.config))) & set(MECHANISMS)
-    target = Path(save_directory)
-    if not uses or target.is_file() or kwargs.get("distributed_checkpoint"):
-        original(model, save_directory, *args, **kwargs)
-        return
-    if kwargs.pop("push_to_hub", False):
-        _save_and_push(original, model, target, *args, **kwargs)
-        return
-    target.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    try:
-        original(model, staging, *args, **kwargs)
-        _rename_shards(staging, {path.name for path in target.iterdir()})
-        written = sorted(staging.iterdir(), key=lambda path: _order(path.name))
-        stale = {path.name for path in target.iterdir() if _WEIGHTS.fullmatch(path.name)}
-        for path in written:
-            os.replace(path, target / path.name)
-        names = {path.name for path in written}
-        if any(_WEIGHTS.fullmatch(name) for name in names):
-            for name in stale - names:
-                (target / name).unlink()
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _save_and_push(
-    original: Callable[..., None],
-    model: PreTrainedModel,
-    target: Path,
-    *args: Any,
-    **kwargs: Any,
-) -> None:
-    """`save_pretrained(…, push_to_hub=True)`: the same files into the folder and onto the Hub."""
-    names = ("repo_id", "commit_message", "create_pr", "private")
-    commit = {name: kwargs.pop(name) for name in names if name in kwargs}
-    repo_id = commit.pop("repo_id", target.name)
-    save = functools.partial(_save_pretrained, original, model)
-    save(target, *args, **kwargs)
-    if kwargs.get("is_main_process", True):
-        model.push_to_hub(
-            repo_id,
-            token=kwargs.get("token"),
-            save=lambda folder: save(folder, *args, **kwargs),
-            **commit,
-        )
-
-
-def _push_to_hub(
-    original: Callable[..., Any], model: PreTrainedModel, *args: Any, **kw: Any
-) -> Any:
-    if not set(_leaves(_implementations(model.config))) & set(MECHANISMS):
-        return original(model, *args, **kw)
-    return hub.push_to_hub(model, *args, **kw)
-
-
-def _rename_shards(folder: Path, taken: set[str]) -> None:
-    """Gives new shards names of their own where the old checkpoint has shards of the same names.
-
-    Otherwise an interruption between two renames would leave a mixture of both under one index.
-    """
-    for index in folder.glob("*.safetensors.index.json"):
-        content = json.loads(index.read_text(encoding="utf-8"))
-        shards = set(content["weight_map"].values())
-        if not shards & taken:
-            continue
-        mark = secrets.token_hex(4)
-        names = {shard: shard.replace("-", f"-{mark}-", 1) for shard in shards}
-        content["weight_map"] = {key: names[shard] for key, shard in content["weight_map"].items()}
-        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for shard, name in names.items():
-            (folder / shard).rename(folder / name)
-
-
-def _order(name: str) -> tuple[int, str]:
-    """Shards before their index before the config."""
-    weights = _WEIGHTS.fullmatch(name)
-    return (0 if name.endswith(".safetensors") else 1 if weights else 2), name
