@@ -1,0 +1,1 @@
+"""A pretrained softmax checkpoint to an attention of hf_expressive; `convert.py` is the command."""
