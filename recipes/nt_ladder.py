@@ -459,11 +459,9 @@ def main() -> None:
             "options": settings,
             "environment": environment(accelerator),
         }
-        report(folder, groups, results, console)
-    left = (
-        f"{len(missing)} groups are left" if missing else "results.json and heat maps are written"
-    )
-    console.print(f"{folder}: {left}")
+        report(folder, present, results, console)
+    left = f", {len(missing)} of {len(groups)} groups are left" if missing else ""
+    console.print(f"{folder}: results.json and heat maps are written{left}")
     accelerator.end_training()
 
 
