@@ -29,7 +29,6 @@ from transformers.masking_utils import (
     causal_mask_function,
     eager_mask,
     find_packed_sequence_indices,
-    packed_sequence_compatibility_function,
     sdpa_mask,
 )
 from transformers.utils.import_utils import is_tracing
@@ -205,9 +204,7 @@ def compact_mask(
         if mask_function is causal_mask_function and not use_vmap:
             packed = _segment_ranges(segments)
         else:
-            mask_function = packed_sequence_compatibility_function(
-                mask_function, position_ids, segments
-            )
+            mask_function = packed_pattern(mask_function, position_ids, segments)
     if not use_vmap and mask_function is bidirectional_mask_function:
         bounds = _full_bounds(q_length, kv_length, device)
         pattern = "full"
@@ -271,6 +268,20 @@ def mark_positions(position_ids: Tensor, batch_size: int, *, is_packed: bool) ->
         index = torch.arange(position_ids.shape[1], device=position_ids.device)
         position_ids = torch.where(_start_again(position_ids), position_ids, index)
     return position_ids.expand(batch_size, -1).to(torch.int32) + 1
+
+
+def packed_pattern(
+    mask_function: Callable[..., Any], position_ids: Tensor, segments: Tensor
+) -> Callable[..., Any]:
+    """A pattern within each sequence of a row, at the positions that a token has in its sequence."""
+
+    def function(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Any:
+        same = segments[batch, query] == segments[batch, key]
+        return same & mask_function(
+            batch, head, position_ids[batch, query], position_ids[batch, key]
+        )
+
+    return function
 
 
 def _segment_ranges(segments: Tensor) -> KeyRanges:

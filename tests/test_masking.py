@@ -19,7 +19,6 @@ from transformers.masking_utils import (
     chunked_causal_mask_function,
     eager_mask,
     or_masks,
-    packed_sequence_compatibility_function,
     packed_sequence_mask_function,
     sliding_window_bidirectional_mask_function,
     sliding_window_causal_mask_function,
@@ -30,6 +29,7 @@ from hf_expressive.masking import (
     CompactMask,
     compact_mask,
     intersect,
+    packed_pattern,
     packed_ranges,
     packed_rows,
     ranges_of,
@@ -73,7 +73,7 @@ PATTERNS: dict[str, tuple[Callable[..., Any], bool]] = {
         True,
     ),
     "packed, remapped": (
-        packed_sequence_compatibility_function(
+        packed_pattern(
             sliding_window_causal_mask_function(3),
             _POSITIONS.expand(BATCH, -1),
             _SEGMENTS.expand(BATCH, -1),

@@ -1,15 +1,16 @@
 """Check every architecture of the installed Transformers: `python -m tests.architectures [names]`.
 
-Prints one line for each architecture as it is done and a table by family at the end; `--json`
-writes all results, `--markdown` the table and the list of what did not pass. Ends with 1 if
-anything failed.
+Prints one line for each architecture as it is done and a table by family at the end; `--json` writes
+all results as they come, `--resume` goes on with such a file, `--page` writes the page of supported
+architectures (model_cards/architectures.md). Ends with 1 if anything failed.
 """
 
 import argparse
+import datetime
 import json
+import subprocess
 import sys
 import warnings
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -17,46 +18,9 @@ import transformers
 
 import hf_expressive
 
-from . import dense
+from . import dense, page
 from .builder import architectures, parts
 from .examine import Result, examine
-
-_FAMILIES = (
-    "decoder",
-    "encoder",
-    "encoder-decoder",
-    "vision",
-    "audio",
-    "multimodal",
-    "time series",
-    "other",
-    "unknown",
-)
-
-
-def _table(results: list[Result]) -> list[str]:
-    lines = ["| family | built | passed | refused | failed |", "|---|---|---|---|---|"]
-    for family in (*_FAMILIES, "all"):
-        rows = [result for result in results if family in (result.family, "all")]
-        if rows:
-            outcomes = Counter(result.outcome for result in rows)
-            counts = [sum(result.built for result in rows)]
-            counts += [outcomes[outcome] for outcome in ("passed", "refused", "failed")]
-            lines.append(f"| {family} | " + " | ".join(map(str, counts)) + " |")
-    return lines
-
-
-def _notes(results: list[Result]) -> list[str]:
-    lines = []
-    for result in results:
-        lines += [
-            f"- {result.name}: failed {check}: {why}" for check, why in result.failures.items()
-        ]
-        if result.outcome == "refused":
-            lines.append(f"- {result.name}: refused")
-        elif result.eager_parts:
-            lines.append(f"- {result.name}: passed with {', '.join(result.eager_parts)} left eager")
-    return lines
 
 
 def main() -> int:
@@ -64,7 +28,8 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="architectures; default all")
     parser.add_argument("--checks", nargs="*", help="only these checks")
     parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument("--markdown", type=Path, help="file for the table")
+    parser.add_argument("--resume", action="store_true", help="keep what the JSON file has")
+    parser.add_argument("--page", action="store_true", help="write the page")
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -73,8 +38,21 @@ def main() -> int:
     warnings.simplefilter("ignore")
     dense.register()
 
-    results = []
+    versions = {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "hf_expressive": hf_expressive.__version__,
+    }
+    results: list[Result] = []
+    if arguments.resume and arguments.json.exists():
+        content = json.loads(arguments.json.read_text(encoding="utf-8"))
+        if content["versions"] != versions:
+            parser.error(f"{arguments.json} is a run of {content['versions']}, not {versions}")
+        results = [Result(**result) for result in content["results"]]
+    done = {result.name for result in results}
     for name in arguments.names or [*architectures(), *parts()]:
+        if name in done:
+            continue
         result = examine(name, set(arguments.checks or ()))
         results.append(result)
         print(
@@ -82,20 +60,17 @@ def main() -> int:
             *result.failures.values(),
             flush=True,
         )
+        if arguments.json:
+            data = {"versions": versions, "results": [result.to_dict() for result in results]}
+            arguments.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
-    versions = {
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "hf_expressive": hf_expressive.__version__,
-    }
-    report = "\n".join([*_table(results), "", *_notes(results), ""])
-    print(f"\n{report}")
-    if arguments.json:
-        data = {"versions": versions, "results": [result.to_dict() for result in results]}
-        arguments.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    if arguments.markdown:
-        heading = ", ".join(f"{name} {version}" for name, version in versions.items())
-        arguments.markdown.write_text(f"{heading}\n\n{report}", encoding="utf-8")
+    print("\n".join(["", *page.table(results), "", *page.notes(results)]))
+    if arguments.page:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        today = datetime.date.today().isoformat()
+        page.PAGE.write_text(page.write(results, versions, today, commit), encoding="utf-8")
     return int(any(result.outcome == "failed" for result in results))
 
 

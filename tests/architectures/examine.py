@@ -4,6 +4,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from hf_expressive.discovery import pooling_modules
+
 from .builder import build
 from .checks import NotApplicable, checks_of
 from .exceptions import KEEP_EAGER, REFUSED
@@ -19,6 +21,8 @@ class Result:
         built: whether the tiny model could be built and its inputs made.
         outcome: `refused` means that the package rightly refuses all of it.
         eager_parts: parts that compute their own softmax and stayed eager.
+        pooling: classes that pool by a softmax of their own.
+        checks: names of the checks that ran.
         failures: reason by check.
         not_applicable: reason by check that has no meaning here.
     """
@@ -28,6 +32,8 @@ class Result:
     built: bool
     outcome: Outcome
     eager_parts: list[str] = field(default_factory=list)
+    pooling: list[str] = field(default_factory=list)
+    checks: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     not_applicable: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
@@ -49,10 +55,12 @@ def examine(name: str, only: set[str] | None = None) -> Result:
     except Exception as error:  # reported by name, the table goes on
         return Result(name, "unknown", False, "failed", failures={"build": _reason(error)})
     result = Result(name, case.family, True, "refused" if name in REFUSED else "passed")
-    result.eager_parts = [part or "the model itself" for part in KEEP_EAGER.get(name, ())]
+    result.eager_parts = [part or "the model's own config" for part in KEEP_EAGER.get(name, ())]
+    result.pooling = sorted({type(found.module).__name__ for found in pooling_modules(case.model)})
     for check in checks_of(name):
         if only and check.__name__ not in only:
             continue
+        result.checks.append(check.__name__)
         try:
             check(name)
         except NotApplicable as reason:

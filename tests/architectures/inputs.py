@@ -148,9 +148,16 @@ class Maker:
             key=lambda pair: sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in pair[1].values()),
         )
         with torch.no_grad():
-            features = getter(**{key: value for key, value in inputs.items() if key in accepted})
+            features = getter(
+                **{key: self.fitting(value) for key, value in inputs.items() if key in accepted}
+            )
         size = count(features, text_config(self.config).hidden_size)
         return torch.full((BATCH, size // BATCH), token)
+
+    def fitting(self, value: Any) -> Any:
+        """In the model's dtype."""
+        real = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(self.model.dtype) if real else value
 
     def bbox(self, length: int) -> Tensor:
         corner = torch.randint(0, 400, (BATCH, length, 2), generator=self.random)
