@@ -16,6 +16,8 @@ from ..problem import AttentionProblem
 #: Up to this many queries, times the query heads that share a key/value head, a call is a decoding
 #: step: its keys are split over programs instead of its queries.
 DECODE_ROWS = 64
+# Looked up once: `torch.compile` cannot follow the search.
+INSTALLED = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_SIZE = 256
 
@@ -23,7 +25,7 @@ _MAX_HEAD_SIZE = 256
 def unsupported(problem: AttentionProblem) -> str | None:
     """One sentence why these kernels cannot run `problem`, or `None` if they can."""
     query, value = problem.query, problem.value
-    if importlib.util.find_spec("triton") is None:
+    if not INSTALLED:
         return "Triton is not installed; `pip install triton` or choose another implementation."
     if query.dtype not in _DTYPES:
         return f"Triton kernels take float16, bfloat16 or float32 tensors, got {query.dtype}."

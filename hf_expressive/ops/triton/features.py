@@ -14,11 +14,12 @@ S densities, M frequencies a density.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import INSTALLED
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_SIZE = 256
@@ -27,7 +28,7 @@ _NAMESPACE = __name__.partition(".")[0]  # as in `ops.library`
 
 def unsupported(x: Tensor, frequencies: Tensor) -> str | None:
     """One sentence why the fused kernels cannot make features of `x`, or `None` if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not INSTALLED:
         return "Triton is not installed."
     if x.dtype not in _DTYPES:
         return f"Triton kernels take float16, bfloat16 or float32 tensors, got {x.dtype}."
