@@ -43,6 +43,9 @@ SETTINGS = (
     "EA², gain, q/k norm=qwen3/expressive:scale=learned,power=2",
     "EA², half the heads=qwen3/expressive:scale=learned,power=2,softmax_heads=4",
     "EA², half the layers=qwen3/expressive:scale=learned,power=2,softmax_layers=[0,2,4]",
+    "EA³, gain, sink, q/k norm=qwen3/expressive:scale=learned,power=3,sink=true,gain=0.3",
+    "EA², sink, half the heads="
+    "qwen3/expressive:scale=learned,power=2,sink=true,gain=0.3,softmax_heads=4",
     "IKA direct=llama/implicit_kernel",
 )
 
