@@ -203,7 +203,9 @@ def make_children(modules: list[AttentionModule], options: MechanismConfig) -> C
             raise ValueError(f"{found.name}: {error}") from None
         parameter = next((p for p in found.module.parameters() if p.is_floating_point()), None)
         if parameter is not None:
-            child.to(device=parameter.device, dtype=parameter.dtype)
+            # A loader builds without memory, though some modules have a parameter that does.
+            meta = any(own.is_meta for own in child.parameters())
+            child.to(device="meta" if meta else parameter.device, dtype=parameter.dtype)
         children.append((found, child))
     return children
 

@@ -19,6 +19,7 @@ from .builder import Case, build
 from .exceptions import (
     BLIND,
     BOOLEAN_MASK,
+    CONVERSION_SEED,
     KEEP_EAGER,
     NO_PADDING,
     NO_SPECTRAL_KERNEL,
@@ -404,7 +405,8 @@ def bfloat16_is_finite(name: str) -> None:
 @torch.no_grad()
 def rbf_is_softmax(name: str) -> None:
     """The RBF kernel with p = 2 reproduces the model's own softmax: converting loses nothing."""
-    own = build(name, "sdpa" if name.split("/")[0] in BOOLEAN_MASK else "eager")
+    softmax = "sdpa" if name.split("/")[0] in BOOLEAN_MASK else "eager"
+    own = build(name, softmax, CONVERSION_SEED.get(name, 0))
     rbf = ImplicitKernelConfig(kernel="rbf", p=2.0, norm_dropout=0.0)
     converted = build(name, KERNEL, options=rbf)
     converted.model.load_state_dict(own.model.state_dict())

@@ -404,3 +404,6 @@ BLIND: dict[str, tuple[str, ...]] = {
     "timesfm": (".last_hidden_state",),
     "timesfm2_5": (".last_hidden_state",),
 }
+
+# Seed at which rounding does not decide which boxes are kept, where the first one does not serve.
+CONVERSION_SEED: dict[str, int] = {"deimv2": 2}

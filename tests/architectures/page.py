@@ -63,7 +63,8 @@ model of the same architecture.
 – means that it has no meaning there (no generation, no padded text, or the witness or eager attention
 fails it too), ✗ that it fails. *Left as it is* names what never asks the registry and stays what it
 was: sub-configs to leave on `"eager"` (asked for the whole model, the mechanism is refused with the
-dict to pass), and pooling by one learned query, which compares no token with another.
+dict to pass), and pooling by one learned query, which compares no token with another. An empty cell was
+not measured.
 """
 
 
