@@ -49,8 +49,8 @@ _ABOUT = {
         ),
         options=(
             "`scale` is a number, `module` for the attention layer's own factor, or `learned` for that "
-            "times a learned gain a head, which starts with `gain`. `sink` adds a learned number a head to "
-            "the sum of the weights. `softmax_layers` and `softmax_heads` count what keeps softmax "
+            "times a learned gain a head, which starts with `gain`. `sink` adds a learned number a head "
+            "to the sum of the weights. `softmax_layers` and `softmax_heads` count what keeps softmax "
             "attention."
         ),
         source="C. Gros, [arXiv:2407.18601](https://arxiv.org/abs/2407.18601)",
