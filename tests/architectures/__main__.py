@@ -8,7 +8,6 @@ architectures (model_cards/architectures.md). Ends with 1 if anything failed.
 import argparse
 import datetime
 import json
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -66,11 +65,8 @@ def main() -> int:
 
     print("\n".join(["", *page.table(results), "", *page.notes(results)]))
     if arguments.page:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
         today = datetime.date.today().isoformat()
-        page.PAGE.write_text(page.write(results, versions, today, commit), encoding="utf-8")
+        page.PAGE.write_text(page.write(results, versions, today), encoding="utf-8")
     return int(any(result.outcome == "failed" for result in results))
 
 

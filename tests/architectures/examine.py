@@ -1,7 +1,9 @@
 """Run the checks of an architecture and say how it ended."""
 
+import subprocess
 import time
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 from hf_expressive.discovery import pooling_modules
@@ -23,6 +25,7 @@ class Result:
         eager_parts: parts that compute their own softmax and stayed eager.
         pooling: classes that pool by a softmax of their own.
         checks: names of the checks that ran.
+        commit: what was measured.
         failures: reason by check.
         not_applicable: reason by check that has no meaning here.
     """
@@ -37,6 +40,7 @@ class Result:
     failures: dict[str, str] = field(default_factory=dict)
     not_applicable: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    commit: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -44,6 +48,12 @@ class Result:
 
 def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+
+
+@cache
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short=7", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def examine(name: str, only: set[str] | None = None) -> Result:
@@ -68,5 +78,6 @@ def examine(name: str, only: set[str] | None = None) -> Result:
         except Exception as error:  # reported by name, the table goes on
             result.failures[check.__name__] = _reason(error)
             result.outcome = "failed"
+    result.commit = _commit()
     result.seconds = round(time.perf_counter() - started, 2)
     return result

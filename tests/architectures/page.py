@@ -117,14 +117,16 @@ def row(result: Result) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def write(results: list[Result], versions: dict[str, str], date: str, commit: str) -> str:
+def write(results: list[Result], versions: dict[str, str], date: str) -> str:
     """The whole page."""
+    commits = Counter(result.commit for result in results)
+    measured = ", ".join(f"{commit} ({count} lines)" for commit, count in commits.most_common())
     heading = ["architecture", "family", *_COLUMNS, "left as it is"]
     run = ", ".join(f"{name} {version}" for name, version in versions.items())
     return "\n".join(
         [
             _INTRODUCTION,
-            f"Run of {date}, commit {commit}: {run}.",
+            f"Written on {date}, measured with {run}, at commit {measured}.",
             "",
             *table(results),
             "",

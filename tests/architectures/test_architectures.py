@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-import hf_expressive  # noqa: F401  registers the mechanisms
+import hf_expressive
 
-from . import checks, dense
+from . import checks, dense, page
 from .builder import architectures, build, parts
+from .examine import examine
 from .exceptions import CONFIG, KEEP_EAGER, MODEL, NOISE, REFUSED
 from .shrink import shrink
 from .special_inputs import INPUTS
@@ -119,6 +120,23 @@ def test_sample_is_large_and_exists() -> None:
 def test_exceptions_name_existing_architectures() -> None:
     named = {*CONFIG, *MODEL, *INPUTS, *KEEP_EAGER, *REFUSED, *NOISE}
     assert not {name.split("/")[0] for name in named} - set(architectures())
+
+
+@pytest.mark.skipif(
+    transformers.__version__ != page.read(page.PAGE.read_text(encoding="utf-8"))[0],
+    reason="the page is of another version of Transformers",
+)
+def test_page_is_current() -> None:
+    """Every architecture has a line, and lines that are made again are the same."""
+    text = page.PAGE.read_text(encoding="utf-8")
+    _, lines = page.read(text)
+    assert set(lines) == {*architectures(), *parts()}
+    named = {name for name in lines if "/" not in name}
+    assert named == set(hf_expressive.supported_architectures())
+    for name in ("llama", "sam", "evolla"):
+        assert lines[name] == page.row(examine(name)), name
+    for name, line in lines.items():
+        assert "✗" not in line or f"- {name}: failed" in text, f"{name} fails without a reason"
 
 
 _FOREIGN: dict[str, type[PreTrainedModel]] = {
