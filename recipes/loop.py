@@ -338,6 +338,8 @@ class Loop:
             if self.checkpoints is not None and (self._is_due() or stop):
                 self.checkpoints.save(self.step)
                 clock.skip()
+            if last:  # a stream would go on
+                return
             if stop:
                 raise Stopped(f"stopped by a signal after step {self.step}; its state is saved.")
         if self.step != training.steps:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_expressive.hub import render_card
+from hf_expressive.hub import class_of, render_card
 from hf_expressive.registry import MECHANISMS
 
 __all__ = [
@@ -294,7 +294,7 @@ def about(task: Task, runs: Sequence[Run], folder: Path) -> dict[str, Any]:
         if run.attention["mechanism"] in MECHANISMS:
             where = folder / str(run.folder)
             return {
-                "architecture": AutoConfig.from_pretrained(where).architectures[0],
+                "architecture": class_of(AutoConfig.from_pretrained(where)).__name__,
                 "variant": run.variant,
                 "seed": run.seed,
                 "name": f"{task.title}-{str(run.folder).removesuffix(f'-seed{run.seed}')}",
