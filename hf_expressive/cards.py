@@ -22,65 +22,6 @@ _TEMPLATES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _About:
-    """A mechanism in words for readers of a card."""
-
-    name: str
-    explanation: str
-    formula: str
-    options: str
-    source: str
-
-
-_ABOUT = {
-    "expressive": _About(
-        name="expressive attention",
-        explanation=(
-            "Softmax attention gives a key the more weight, the larger its product with the query "
-            "is. Expressive attention squares the product: a long key that points along the query, "
-            "or against it, gets a weight near 1, a key at a right angle to it none. The weights "
-            "of a query are divided by their sum. A mask multiplies a weight by zero."
-        ),
-        formula=(
-            "z_ij = scale · q_i·k_j\n"
-            "w_ij = (z_ij²)^power / (1 + (z_ij²)^power)\n"
-            "out_i = Σ_j w_ij v_j / Σ_j w_ij"
-        ),
-        options=(
-            "`scale` is a number, `module` for the attention layer's own factor, or `learned` for that "
-            "times a learned gain a head, which starts with `gain`. `sink` adds a learned number a head "
-            "to the sum of the weights. `softmax_layers` and `softmax_heads` count what keeps softmax "
-            "attention."
-        ),
-        source="C. Gros, [arXiv:2407.18601](https://arxiv.org/abs/2407.18601)",
-    ),
-    "implicit_kernel": _About(
-        name="implicit kernel attention",
-        explanation=(
-            "Softmax attention multiplies a similarity, the RBF kernel of query and key, by a "
-            "magnitude, the exponential of the key's squared L2 norm. Implicit kernel attention "
-            "keeps this form and changes both: the kernel is built from Fourier features of a "
-            "spectral density that can be learned, unless `kernel` is rbf, and the norm is an Lp "
-            "norm. The weights of a query are divided by their sum. A mask multiplies a weight by "
-            "zero."
-        ),
-        formula=(
-            "K_ij = (φ(q_i)·φ(k_j))² + epsilon, or for rbf exp(-‖q_i - k_j‖² / (2√d))\n"
-            "w_ij = K_ij · exp(‖k_j‖_p² / (2√d))\n"
-            "out_i = Σ_j w_ij v_j / Σ_j w_ij"
-        ),
-        options=(
-            "`kernel` tells how φ is made, from `num_features` frequencies a density; `p` belongs to "
-            "the norm. `softmax_layers` and `softmax_heads` count what keeps softmax attention."
-        ),
-        source=(
-            "K. Song, Y. Jung, D. Kim, I.-C. Moon, AAAI 2021, "
-            "[arXiv:2006.06147](https://arxiv.org/abs/2006.06147)"
-        ),
-    ),
-}
-
 #: The Auto classes, the more telling first: their table of models and, where the class alone tells it,
 #: the task that the Hub lists such models under.
 _AUTO_CLASSES: dict[str, tuple[Mapping[str, Any], str | None]] = {
@@ -205,7 +146,7 @@ def render_card(
         # The class alone does not tell translation from summarisation; the record does.
         task = outcome.task["type"]
     name = name or (model_id or f"{subject.kind}-{mechanism}").rsplit("/", 1)[-1]
-    about = _ABOUT[mechanism]
+    about = MECHANISMS[mechanism].module.about
     options = subject.config.to_dict()
     del options["version"], options["mechanism"]
 

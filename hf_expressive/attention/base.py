@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -90,8 +90,29 @@ class AttentionCall:
         return attend(self.query, self.key, self.value, **options), None  # type: ignore[call-overload]
 
 
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """A mechanism in words, for readers of a model card; Markdown, `formula` apart.
+
+    Args:
+        name: in running text.
+        explanation: what it does instead of softmax attention.
+        formula: lines of plain text.
+        options: what the names of its options mean.
+        source: the paper.
+    """
+
+    name: str
+    explanation: str
+    formula: str
+    options: str
+    source: str
+
+
 class Mechanism(nn.Module, ABC):
     """The child of an attention module that computes its attention and holds its learned parameters.
+
+    A subclass says in `about` what it is.
 
     Args:
         options: validated options.
@@ -102,6 +123,8 @@ class Mechanism(nn.Module, ABC):
     Raises:
         ValueError: options that do not fit the attention module.
     """
+
+    about: ClassVar[About]
 
     def __init__(
         self, options: MechanismConfig, *, layer: int, heads: int | None, kv_heads: int | None

@@ -12,7 +12,7 @@ from transformers import initialization as init
 
 from ..config import ExpressiveConfig, MechanismConfig
 from ..ops.response import Response
-from .base import AttentionCall, Mechanism
+from .base import About, AttentionCall, Mechanism
 
 
 class HeadGain(nn.Module):
@@ -50,6 +50,28 @@ class ExpressiveAttention(Mechanism):
     Raises:
         ValueError: learned parameters for a module whose number of heads cannot be found.
     """
+
+    about = About(
+        name="expressive attention",
+        explanation=(
+            "Softmax attention gives a key the more weight, the larger its product with the query "
+            "is. Expressive attention squares the product: a long key that points along the query, "
+            "or against it, gets a weight near 1, a key at a right angle to it none. The weights "
+            "of a query are divided by their sum. A mask multiplies a weight by zero."
+        ),
+        formula=(
+            "z_ij = scale · q_i·k_j\n"
+            "w_ij = (z_ij²)^power / (1 + (z_ij²)^power)\n"
+            "out_i = Σ_j w_ij v_j / Σ_j w_ij"
+        ),
+        options=(
+            "`scale` is a number, `module` for the attention layer's own factor, or `learned` for that "
+            "times a learned gain a head, which starts with `gain`. `sink` adds a learned number a head "
+            "to the sum of the weights. `softmax_layers` and `softmax_heads` count what keeps softmax "
+            "attention."
+        ),
+        source="C. Gros, [arXiv:2407.18601](https://arxiv.org/abs/2407.18601)",
+    )
 
     def __init__(
         self, options: MechanismConfig, *, layer: int, heads: int | None, kv_heads: int | None

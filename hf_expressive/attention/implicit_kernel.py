@@ -34,7 +34,7 @@ from ..ops import KeyRanges
 from ..ops.implicit_kernel import in_unit_lengths, kernel_features, log_magnitude
 from ..ops.problem import HIDDEN
 from ..ops.response import Response
-from .base import AttentionCall, Mechanism
+from .base import About, AttentionCall, Mechanism
 from .key_memory import KeyMemory
 from .spectral_density import GeneratedFrequencies, LearnedFrequencies, Regularized
 
@@ -179,6 +179,31 @@ class ImplicitKernelAttention(Regularized, Mechanism):
     Raises:
         ValueError: parameters that an architecture's sizes are not known for; a copula of one head.
     """
+
+    about = About(
+        name="implicit kernel attention",
+        explanation=(
+            "Softmax attention multiplies a similarity, the RBF kernel of query and key, by a "
+            "magnitude, the exponential of the key's squared L2 norm. Implicit kernel attention "
+            "keeps this form and changes both: the kernel is built from Fourier features of a "
+            "spectral density that can be learned, unless `kernel` is rbf, and the norm is an Lp "
+            "norm. The weights of a query are divided by their sum. A mask multiplies a weight by "
+            "zero."
+        ),
+        formula=(
+            "K_ij = (φ(q_i)·φ(k_j))² + epsilon, or for rbf exp(-‖q_i - k_j‖² / (2√d))\n"
+            "w_ij = K_ij · exp(‖k_j‖_p² / (2√d))\n"
+            "out_i = Σ_j w_ij v_j / Σ_j w_ij"
+        ),
+        options=(
+            "`kernel` tells how φ is made, from `num_features` frequencies a density; `p` belongs to "
+            "the norm. `softmax_layers` and `softmax_heads` count what keeps softmax attention."
+        ),
+        source=(
+            "K. Song, Y. Jung, D. Kim, I.-C. Moon, AAAI 2021, "
+            "[arXiv:2006.06147](https://arxiv.org/abs/2006.06147)"
+        ),
+    )
 
     def __init__(
         self,
