@@ -35,8 +35,8 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from arguments import Attention, parse
 from conversion.objectives import Objective, objective_of
 from conversion.options import ConversionOptions, ResultOptions, TransferOptions, TuningOptions
-from conversion.report import plot_conversion, print_conversion
-from conversion.run import LOSSLESS, Conversion, convert
+from conversion.report import LOSSLESS, plot_conversion, print_conversion
+from conversion.run import Conversion, convert
 from conversion.text import TextOptions
 from conversion.transfer import as_teacher
 from loop import STOPPED, Stopped

@@ -41,7 +41,8 @@ import convert as recipe
 from arguments import Attention
 from conversion.objectives import METRICS, SentenceEmbedding
 from conversion.options import ConversionOptions, TransferOptions, TuningOptions
-from conversion.run import LOSSLESS, lora_config
+from conversion.report import LOSSLESS
+from conversion.run import lora_config
 from conversion.text import TextOptions, docstring_sentences, read_texts
 from conversion.transfer import (
     AttentionTransfer,

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, kl_div, normalize
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from .text import TextOptions, read_texts
+from .text import DOCSTRINGS, TextOptions, read_texts
 from .transfer import Batch
 
 METRICS = Path(__file__).parents[1] / "metrics"
@@ -97,7 +97,7 @@ class Objective(ABC):
         counts = {split: len(part) for split, part in self.splits.items()}
         return {
             "name": self.text.name,
-            "type": self.text.text,
+            "type": "generated" if self.text.text == DOCSTRINGS else self.text.name,
             "split": "validation",
             "description": (
                 f"{counts['train']} texts to train on and {counts['validation']} others to measure "
@@ -174,7 +174,7 @@ class SentenceEmbedding(Objective):
         sentences = len(self.splits["validation"])
         return {
             "type": "sentence-similarity",
-            "name": "Sentence similarity",
+            "name": "sentence similarity",
             "description": (
                 "Give sentences embeddings (the mean of the last hidden states over the tokens, "
                 "scaled to length 1) whose cosines tell how similar the sentences are, as the "
@@ -257,7 +257,7 @@ class CausalLanguageModel(Objective):
     def describe(self) -> dict[str, Any]:
         return {
             "type": "text-generation",
-            "name": f"Language modelling on {self.text.name}",
+            "name": f"language modelling on {self.text.name}",
             "description": "Predict the next token of a text.",
             "dataset": self.dataset(),
             "metric": {

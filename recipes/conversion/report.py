@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -9,6 +10,8 @@ from reporting import Record, Run, Spread
 from rich.console import Console
 from rich.table import Table
 
+#: Relative error of a layer up to which a variant computes what the softmax layer computes.
+LOSSLESS = 1e-6
 #: Stages in order, as in the keys of a run's `final`; the finished model's keys have no ending.
 STAGES = {
     "base": "original",
@@ -98,8 +101,8 @@ def plot_conversion(record: Record, path: Path) -> None:
             )
         for stage, style in (("swapped", ":"), ("transferred", "-")):
             errors = [spread(runs, f"error_{stage}", str(i)).mean for i in range(layers(runs[0]))]
-            # A layer that stays softmax has no error, and a logarithmic axis no zero.
-            shown = [max(error, 1e-7) for error in errors]
+            # A layer that computes softmax has no error, and a logarithmic axis no zero.
+            shown = [error if error > LOSSLESS else math.nan for error in errors]
             right.plot(
                 range(len(errors)),
                 shown,

@@ -32,6 +32,7 @@ from hf_expressive.registry import CHILD
 
 from .objectives import Objective
 from .options import ConversionOptions, TransferOptions, TuningOptions
+from .report import LOSSLESS
 from .transfer import (
     ABLATIONS,
     AttentionTransfer,
@@ -42,9 +43,6 @@ from .transfer import (
     learning_modules,
     mean_error,
 )
-
-#: Relative error of a layer up to which a variant computes what the softmax layer computes.
-LOSSLESS = 1e-6
 
 
 @dataclass(frozen=True)
