@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -310,7 +310,7 @@ class Loop:
             self._note(clock)
         self.model.train()
         since_log: list[Tensor] = []
-        for batch in batches:
+        for batch in _without_a_trace(batches):
             with accelerator.accumulate(self.model):
                 loss = self.loss(self.model, batch)
                 accelerator.backward(loss + auxiliary_loss(self.model) / self.samples)
@@ -391,6 +391,19 @@ class Loop:
         self._bar.set_postfix(self._shown)
         self.noted(self)
         clock.skip(measured=True)
+
+
+def _without_a_trace(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, the random numbers after the first one as they were before it.
+
+    A loader draws one when it starts, which a resumed run does once more.
+    """
+    state: Tensor | None = torch.get_rng_state()
+    for batch in batches:
+        if state is not None:
+            torch.set_rng_state(state)
+            state = None
+        yield batch
 
 
 class _Clock:
