@@ -310,10 +310,13 @@ def no_attention(model: PreTrainedModel, name: str) -> str:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Children, options and implementations of a model, to go back to when a change fails."""
+    """Children and configs of a model, to go back to when a change fails.
+
+    Configs as a whole, because Transformers leaves marks of its own on them when it switches.
+    """
 
     children: list[tuple[nn.Module, nn.Module | None]]
-    configs: list[tuple[PreTrainedConfig, str | None, object]]
+    configs: list[tuple[PreTrainedConfig, dict[str, Any]]]
 
     @classmethod
     def take(cls, model: PreTrainedModel) -> Snapshot:
@@ -323,10 +326,7 @@ class Snapshot:
         configs = {id(config): config for part in parts for config in configs_of(part)}
         return cls(
             [(module, module._modules.get(CHILD)) for module in modules],
-            [
-                (config, config._attn_implementation_internal, config.__dict__.get(SECTION))
-                for config in configs.values()
-            ],
+            [(config, dict(config.__dict__)) for config in configs.values()],
         )
 
     def restore(self) -> None:
@@ -334,8 +334,6 @@ class Snapshot:
             module._modules.pop(CHILD, None)
             if child is not None:
                 module.add_module(CHILD, child)
-        for config, name, section in self.configs:
-            config._attn_implementation_internal = name
-            config.__dict__.pop(SECTION, None)
-            if section is not None:
-                config.__dict__[SECTION] = section
+        for config, attributes in self.configs:
+            config.__dict__.clear()
+            config.__dict__.update(attributes)
