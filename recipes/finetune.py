@@ -17,7 +17,6 @@ A run that was stopped goes on with --resume.
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,11 +31,12 @@ from arguments import ATTENTION_HELP, Attention, option, parse, require, require
 from classify import Classification, ColumnOptions
 from classify import ModelOptions as ClassifierOptions
 from datasets import DatasetDict
-from loop import STOPPED, Batch, Checkpoints, Loop, Stopped, adamw, save_trained, start
+from loop import Batch, Checkpoints, Loop, adamw, save_trained, start
 from loop import TrainingOptions as LoopOptions
-from pretrain import DataPosition, RunOptions, check_settings, mean_loss
+from pretrain import DataPosition, RunOptions, mean_loss
 from pretrain import measure as measure_text
-from reporting import Record, Run, environment, plot, print_table, write_text
+from reporting import Record, Run, plot, print_table
+from resumable import begin, stoppable
 from rich.console import Console
 from supervised import DataOptions
 from text import ShuffledBatches, Text, TextOptions
@@ -302,23 +302,11 @@ def main() -> None:
     )
     accelerator, folder = start("finetune", training, output)
     settings = {key: v for part in (options, training, *data) for key, v in asdict(part).items()}
-    check_settings(folder, settings, output.resume)
-    surroundings = environment(accelerator)
-    if accelerator.is_main_process:
-        resolved = {"settings": settings, "environment": surroundings}
-        write_text(folder / "settings.json", json.dumps(resolved, indent=2) + "\n")
-    accelerator.init_trackers("finetune", {key: str(value) for key, value in settings.items()})
-    try:
+    surroundings = begin("finetune", accelerator, folder, settings, output.resume)
+    with stoppable(accelerator):
         with accelerator.main_process_first():
             task = ClassTask(options, *data) if is_class else TextTask(options, *data)
         run = finetune(accelerator, task, options, training, output, folder)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
-    except Stopped as stopped:
-        if accelerator.is_main_process:
-            print(f"{stopped} Go on with --resume.", file=sys.stderr)
-        accelerator.end_training()
-        sys.exit(STOPPED)
     record = Record(
         recipe="finetune",
         task=describe(task, options),

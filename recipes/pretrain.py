@@ -32,18 +32,17 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from arguments import ATTENTION_HELP, Attention, option, parse, require, require_at_least
 from loop import (
-    STOPPED,
     Batch,
     Checkpoints,
     Loop,
     OutputOptions,
-    Stopped,
     TrainingOptions,
     adamw,
     save_trained,
     start,
 )
-from reporting import Record, Run, environment, plot, print_table, write_text
+from reporting import Record, Run, plot, print_table, write_text
+from resumable import begin, stoppable
 from rich.console import Console
 from text import IGNORED, PackedStream, ShuffledBatches, Text, TextOptions
 from torch import Tensor, nn
@@ -395,22 +394,6 @@ def describe(text: Text, training: PretrainOptions) -> dict[str, Any]:
     }
 
 
-def check_settings(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
-    """Ends the program if checkpoints there belong to another run, or would be lost."""
-    written = folder / "settings.json"
-    if not any((folder / "checkpoints").glob("step-*")):
-        return
-    if not resume:
-        sys.exit(
-            f"error: {folder} holds checkpoints of an unfinished run; pass --resume to go on, or "
-            "--overwrite to start again."
-        )
-    before = json.loads(written.read_text(encoding="utf-8"))["settings"]
-    changed = [f"--{key} {before.get(key)}" for key in settings if settings[key] != before.get(key)]
-    if changed:
-        sys.exit(f"error: the run in {folder} had other settings: {', '.join(changed)}.")
-
-
 def main() -> None:
     text_options, model, training, output = parse(
         [TextOptions, ModelOptions, PretrainOptions, RunOptions], "pretrain.py", __doc__
@@ -428,24 +411,11 @@ def main() -> None:
     if output.overwrite and accelerator.is_main_process:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     accelerator.wait_for_everyone()
-    check_settings(folder, settings, output.resume)
-    surroundings = environment(accelerator)
-    if accelerator.is_main_process:
-        resolved = {"settings": settings, "environment": surroundings}
-        write_text(folder / "settings.json", json.dumps(resolved, indent=2) + "\n")
-    # Trackers take no lists.
-    accelerator.init_trackers("pretrain", {key: str(value) for key, value in settings.items()})
-    try:
+    surroundings = begin("pretrain", accelerator, folder, settings, output.resume)
+    with stoppable(accelerator):
         with accelerator.main_process_first():  # the others read what the first one has cached
             text = Text(text_options)
         run = pretrain(accelerator, text, model, training, output, folder)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
-    except Stopped as stopped:
-        if accelerator.is_main_process:
-            print(f"{stopped} Go on with --resume.", file=sys.stderr)
-        accelerator.end_training()
-        sys.exit(STOPPED)
     record = Record(
         recipe="pretrain",
         task=describe(text, training),
