@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from hf_expressive.ops import hopper, reference
 from hf_expressive.ops.functional import choose
+from hf_expressive.ops.hopper.plan import ROWS, plan
 from hf_expressive.ops.problem import AttentionProblem, KeyRanges
 from hf_expressive.ops.response import Response
 
@@ -283,3 +285,36 @@ def test_gradients_follow_from_this_output(name: str) -> None:
     for name, gradient in zip(("query", "key", "value"), found, strict=False):
         wanted, near = getattr(exact, name).grad, getattr(rough, name).grad
         assert_within_budget(gradient, wanted, near, f"gradient of {name}")
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", CASES)
+def test_plan_bounds_what_is_visible(name: str) -> None:
+    """Bounds of every query, and of tiles and half tiles; the interpreter serves without a GPU."""
+    problem = problem_of(name, 64)
+    queries, keys, ranges = problem.query.shape[2], problem.key.shape[2], problem.ranges
+    start, end = problem.static_bounds(torch.arange(queries, device=DEVICE)[None])
+    if ranges is not None:
+        start, end = torch.maximum(start, ranges.start), torch.minimum(end, ranges.end)
+    tables = plan(problem)
+    # An end below the first key says the same as 0.
+    ends, tiles = tables.rows[1].clamp(min=0), tables.tiles.clamp(min=0)
+    assert tables.patterns == len(start)
+    assert int(tables.counter) == 0
+    assert torch.equal(tables.rows[0, :, :queries].long(), start.long())
+    assert torch.equal(ends[:, :queries].long(), end.long())
+    for pattern, tile in itertools.product(range(tables.patterns), range(tables.count)):
+        first, last, *inner = tiles[pattern, tile].tolist()
+        place = slice(tile * ROWS, (tile + 1) * ROWS)
+        low, high = start[pattern, place], end[pattern, place]
+        seen = low < high
+        if bool(seen.any()):
+            assert (first, last) == (int(low[seen].min()), int(high[seen].max()))
+        else:
+            assert last == 0
+            assert 0 <= first < keys
+        for half in range(2):
+            rows = slice(half * ROWS // 2, (half + 1) * ROWS // 2)
+            if len(low[rows]):
+                expected = [int(low[rows].max()), int(high[rows].min())]
+                assert inner[2 * half : 2 * half + 2] == expected

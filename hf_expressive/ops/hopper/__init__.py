@@ -71,9 +71,9 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         out: (B, H, Q, E) in the dtype of the query, contiguous.
         log_normalizer: log(exp(sink) + Σ w), (B, H, Q), float32, −inf for a row that sees nothing.
     """
-    from .tiled_forward import forward as tiled
+    from .launch import forward as launch
 
-    return tiled(problem)
+    return launch(problem)
 
 
 #: The gradients of the portable kernels, which take the same output and log normaliser.

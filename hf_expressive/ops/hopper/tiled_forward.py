@@ -16,10 +16,6 @@ block after it. The tile's output leaves through the shared memory of its own qu
 
 from __future__ import annotations
 
-from functools import cache
-
-import torch
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -29,10 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..problem import AttentionProblem
-from .plan import FIELDS, ROWS, plan
+from .plan import FIELDS
 
 # Triton 3.7 or so renamed the two bulk copies.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -43,12 +37,6 @@ _LOG2_E = gl.constexpr(1.4426950408889634)
 # Below the smallest normal number a row sum counts as zero, as in the reference.
 _TINY = gl.constexpr(1.1754943508222875e-38)
 _FIELDS = gl.constexpr(FIELDS)
-# Keys of a block, and the size of a half of the queries: what one matrix instruction spans.
-_KEYS = 128
-_HALF = ROWS // 2
-# Keys and values of the heads that programs work on at a time; they should stay in the L2 cache, of
-# which an H200 has 50 MiB. With all heads at once it thrashes (hit rate 42 % instead of 84 %).
-_BAND_BYTES = 16 * 2**20
 
 
 @gluon.jit
@@ -401,97 +389,3 @@ def forward_kernel(
         [4, 1],
         [240, 24],
     )  # fmt: skip
-
-
-def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-    """`ops.hopper.forward`.
-
-    Returns:
-        out: (B, H, Q, E) in the dtype of the query, contiguous.
-        log_normalizer: (B, H, Q), float32, −inf for a row that sees nothing.
-    """
-    batch, heads, num_queries, size = problem.query.shape
-    num_keys, value_size = problem.value.shape[2:]
-    device = problem.query.device
-    out = problem.query.new_empty(batch, heads, num_queries, value_size)
-    log_normalizer = out.new_empty(batch, heads, num_queries, dtype=torch.float32)
-    tables = plan(problem)
-    ranges = problem.ranges
-    keys = (
-        None
-        if ranges is None or ranges.keys is None
-        else ranges.keys.contiguous().view(torch.uint8)
-    )
-    gain, sinks = problem.gain, problem.sinks
-    half_precision = problem.query.dtype == torch.float16
-    # Extreme factors would overflow their square, and a learned one may become extreme.
-    folded = gain is None and 1e-4 <= abs(problem.scale) <= 1e4
-    pair_bytes = num_keys * (size + value_size) * problem.key.element_size()
-    band = max(1, _BAND_BYTES // pair_bytes) * problem.group
-    programs = min(_multiprocessors(device), tables.count * batch * heads)
-    forward_kernel[(programs,)](
-        _tiles(problem.query, _HALF),
-        _tiles(problem.key, _KEYS),
-        _tiles(problem.value, _KEYS),
-        _tiles(out, _HALF),
-        log_normalizer,
-        tables.tiles,
-        tables.rows,
-        tables.counter,
-        None if gain is None else gain.float().contiguous(),
-        sinks,
-        keys,
-        float(problem.scale),
-        *(_stride(sinks, dimension) for dimension in range(3)),
-        _stride(keys, 0),
-        tables.count,
-        batch * heads,
-        band,
-        heads,
-        problem.group,
-        tables.patterns,
-        num_queries,
-        HALF=_HALF,
-        KEYS=_KEYS,
-        STAGES=2 if size == 128 else 4,
-        POWER=int(problem.response.power),
-        FOLDED=folded,
-        # Keeps small weights out of the subnormal range of float16.
-        LIFT=2.0**14 if half_precision else 1.0,
-        num_warps=4,
-    )
-    return out, log_normalizer
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _stride(tensor: Tensor | None, dimension: int) -> int:
-    """The stride in elements, 0 where the dimension broadcasts."""
-    if tensor is None or tensor.shape[dimension] == 1:
-        return 0
-    return tensor.stride(dimension)
-
-
-def _tiles(tensor: Tensor, rows: int) -> TensorDescriptor:
-    """Descriptor of tiles of a (B, heads, length, size) tensor; what it cannot express is copied."""
-    unit = 16 // tensor.element_size()
-    if (
-        tensor.stride(-1) != 1
-        or tensor.data_ptr() % 16
-        or any(
-            size > 1 and (stride % unit or stride == 0)
-            for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
-        )
-    ):
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-    strides = [
-        stride if size > 1 else unit
-        for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
-    ]
-    block = [1, 1, rows, tensor.shape[-1]]
-    dtype = gl.float16 if tensor.dtype == torch.float16 else gl.bfloat16
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block, layout)

@@ -176,7 +176,7 @@ def _rule_of(problem: AttentionProblem, *, steady: bool) -> Rule:
     )
 
 
-def _strides(tensor: Tensor | None, dimensions: int) -> tuple[int, ...]:
+def element_strides(tensor: Tensor | None, dimensions: int) -> tuple[int, ...]:
     """The first strides in elements, 0 where the tensor broadcasts or is absent."""
     if tensor is None:
         return (0,) * dimensions
@@ -186,8 +186,32 @@ def _strides(tensor: Tensor | None, dimensions: int) -> tuple[int, ...]:
     )
 
 
-def _contiguous_float(tensor: Tensor | None) -> Tensor | None:
+def contiguous_float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
+
+
+def addressable(tensor: Tensor) -> tuple[Tensor, list[int]]:
+    """A (B, heads, length, size) tensor as a tile descriptor can express it, and its first strides.
+
+    One whose strides or address it cannot express is copied.
+    """
+    unit = _ALIGNMENT // tensor.element_size()
+    *strides, last = tensor.stride()
+    # A stride along a dimension of size 1 is never taken and may be anything.
+    strides = [
+        stride if size > 1 else unit for size, stride in zip(tensor.shape, strides, strict=False)
+    ]
+    if (
+        last != 1
+        or tensor.data_ptr() % _ALIGNMENT
+        or any(stride % unit or stride == 0 for stride in strides)
+    ):
+        *lead, size = tensor.shape
+        padded = tensor.new_empty(*lead, ceil_div(size, unit) * unit)
+        padded[..., :size] = tensor
+        strides = list(padded.stride()[:-1])
+        tensor = padded[..., :size]
+    return tensor, strides
 
 
 @triton.jit
@@ -297,26 +321,9 @@ class Call:
     def tiles(self, tensor: Tensor, rows: int) -> TensorDescriptor:
         """Descriptor of tiles of a (B, heads, length, size) tensor, `rows` by the whole size.
 
-        The size is rounded up to a power of two; loads outside the tensor are zero. A tensor whose
-        strides or address a descriptor cannot express is copied.
+        The size is rounded up to a power of two; loads outside the tensor are zero.
         """
-        unit = _ALIGNMENT // tensor.element_size()
-        *strides, last = tensor.stride()
-        # A stride along a dimension of size 1 is never taken and may be anything.
-        strides = [
-            stride if size > 1 else unit
-            for size, stride in zip(tensor.shape, strides, strict=False)
-        ]
-        if (
-            last != 1
-            or tensor.data_ptr() % _ALIGNMENT
-            or any(stride % unit or stride == 0 for stride in strides)
-        ):
-            *lead, size = tensor.shape
-            padded = tensor.new_empty(*lead, ceil_div(size, unit) * unit)
-            padded[..., :size] = tensor
-            strides = list(padded.stride()[:-1])
-            tensor = padded[..., :size]
+        tensor, strides = addressable(tensor)
         block = [1, 1, rows, power_of_two(tensor.shape[-1])]
         return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block)
 
@@ -332,11 +339,11 @@ class Call:
             keys = None if ranges.keys is None else ranges.keys.contiguous().view(torch.uint8)
         runs = None if keys is None else key_runs(keys)
         bias, sinks = problem.bias, problem.sinks
-        bias_strides, mask_strides = _strides(bias, 4), _strides(mask, 4)
-        sinks_strides = _strides(sinks, 3)
+        bias_strides, mask_strides = element_strides(bias, 4), element_strides(mask, 4)
+        sinks_strides = element_strides(sinks, 3)
         return Terms(
-            gain=_contiguous_float(problem.gain),
-            key_bias=_contiguous_float(problem.key_bias),
+            gain=contiguous_float(problem.gain),
+            key_bias=contiguous_float(problem.key_bias),
             key_factor=self.key_factor,
             level=self.level,
             bias=bias,
@@ -355,11 +362,11 @@ class Call:
             sinks_query=sinks_strides[2],
             start=start,
             end=end,
-            range_batch=_strides(start, 1)[0],
+            range_batch=element_strides(start, 1)[0],
             keys=keys,
-            keys_batch=_strides(keys, 1)[0],
+            keys_batch=element_strides(keys, 1)[0],
             runs=runs,
-            runs_batch=_strides(runs, 1)[0],
+            runs_batch=element_strides(runs, 1)[0],
             left=problem.sliding_window,
             right=1 if problem.is_causal else problem.sliding_window,
             cap=problem.softcap,
