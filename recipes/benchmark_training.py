@@ -7,6 +7,7 @@ Every case trains the same Llama of about a billion parameters (or whatever the 
 behind `--` say) for --steps steps, in bfloat16, with the same rows a GPU, and counts the second half:
 
     recipe:<attention>          pretrain.py on one GPU
+    compiled:<attention>        the same with --compile layers
     trainer:<attention>         stock `Trainer` on one GPU, the same model, optimiser and rows
     ddp:<attention>             pretrain.py on two GPUs, weights on each
     fsdp2:<attention>           the same, weights divided
@@ -40,10 +41,18 @@ _MODEL = (
     *("--config_overrides", "intermediate_size=5632"),
     *("--length", "4096", "--documents", "joined", "--validation_rows", "8"),
 )
-_CONFIGS = {"recipe": "single_gpu", "trainer": "single_gpu", "ddp": "ddp", "fsdp2": "fsdp2"}
+_CONFIGS = {
+    "recipe": "single_gpu",
+    "compiled": "single_gpu",
+    "trainer": "single_gpu",
+    "ddp": "ddp",
+    "fsdp2": "fsdp2",
+}
 
 
-def command(case: str, rows: int, steps: int, options: Sequence[str], folder: Path) -> list[str]:
+def command(
+    case: str, rows: int, steps: int, options: Sequence[str], folder: Path, port: int
+) -> list[str]:
     kind, _, attention = case.partition(":")
     gpus = 2 if kind in ("ddp", "fsdp2") else 1
     script = [
@@ -57,10 +66,10 @@ def command(case: str, rows: int, steps: int, options: Sequence[str], folder: Pa
     return [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--config_file", str(RECIPES / "configs" / f"{_CONFIGS[kind]}.yaml")),
-        # Several cases at a time must not share a port.
-        *("--main_process_port", str(29600 + abs(hash(case)) % 300)),
+        *("--main_process_port", str(port)),
         *script,
         *options,
+        *(("--compile", "layers") if kind == "compiled" else ()),
         *("--attention", attention, "--steps", str(steps), "--warmup_steps", "2"),
         *("--evaluate_every", str(steps // 2), "--batch_size", str(rows * gpus)),
         *("--output_dir", str(folder)),
@@ -131,8 +140,9 @@ def measure(cases: Sequence[str], rows: int, steps: int, options: Sequence[str])
             if len(free) >= gpus:
                 mine, free = free[:gpus], free[gpus:]
                 folder = Path(tempfile.mkdtemp())
+                port = 29600 + list(cases).index(case)  # cases at the same time must not share one
                 process = subprocess.Popen(
-                    command(case, rows, steps, options, folder),
+                    command(case, rows, steps, options, folder, port),
                     env={**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(mine)},
                     stdout=(folder / "log.txt").open("wb"),
                     stderr=subprocess.STDOUT,
@@ -164,7 +174,7 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
     result = {}
     for case, entry in found.items():
         kind, _, attention = case.partition(":")
-        if kind == "recipe":
+        if kind in ("recipe", "compiled"):
             for other in (f"trainer:{attention}", "trainer:sdpa"):
                 if other in rate:
                     result[f"{case} / {other}"] = rate[case] / rate[other]
@@ -190,6 +200,8 @@ def main() -> None:
         "recipe:sdpa",
         "trainer:sdpa",
         "recipe:expressive",
+        "compiled:sdpa",
+        "compiled:expressive",
         "fsdp2:expressive",
     ]
     parser.add_argument("--cases", nargs="+", default=default, help=f"default: {' '.join(default)}")

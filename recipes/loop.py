@@ -309,7 +309,8 @@ class Loop:
         if self.step == 0:
             self._note(clock)
         self.model.train()
-        since_log: list[Tensor] = []
+        # Summed at once: a compiled model may write the next loss where this one lies.
+        summed, count = torch.zeros((), device=accelerator.device), 0
         for batch in _without_a_trace(batches):
             with accelerator.accumulate(self.model):
                 loss = self.loss(self.model, batch)
@@ -318,7 +319,7 @@ class Loop:
                     accelerator.clip_grad_norm_(self.model.parameters(), training.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            since_log.append(loss.detach())
+            summed, count = summed + loss.detach(), count + 1
             if not accelerator.sync_gradients:
                 continue
             self.schedule.step()
@@ -327,7 +328,8 @@ class Loop:
             look = self.step % self.log_every == 0 or self.step % training.evaluate_every == 0
             stop = False
             if look or last or self._is_due():
-                self._look(since_log)
+                self._look(summed / count, count)
+                summed, count = torch.zeros_like(summed), 0
                 clock.read()
                 if signals.received:
                     accelerator.set_trigger()
@@ -348,10 +350,8 @@ class Loop:
     def _is_due(self) -> bool:
         return self.checkpoints is not None and self.step % self.checkpoints.every == 0
 
-    def _look(self, since_log: list[Tensor]) -> None:
-        """Mean training loss since the last look, over all processes."""
-        mean, batches = torch.stack(since_log).mean(), len(since_log)
-        since_log.clear()
+    def _look(self, mean: Tensor, batches: int) -> None:
+        """Takes the mean training loss of the batches since the last look, over all processes."""
         value = self.accelerator.reduce(mean, reduction="mean").item()
         if not math.isfinite(value):
             raise FloatingPointError(

@@ -48,6 +48,7 @@ from text import IGNORED, PackedStream, ShuffledBatches, Text, TextOptions
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_expressive.hub import render_card
@@ -121,8 +122,10 @@ class PretrainOptions(TrainingOptions):
     adam_betas: list[float] = field(
         default_factory=lambda: [0.9, 0.95], metadata={"help": "AdamW's two decay rates"}
     )
-    compile: Literal["no", "default", "reduce-overhead"] = option(
-        "no", "torch.compile the model, in this mode; needs --documents joined"
+    compile: Literal["no", "layers", "default", "reduce-overhead"] = option(
+        "no",
+        "torch.compile: layers, one layer, whose code then serves all of them; or the model as a "
+        "whole in this mode, which takes minutes; needs --documents joined",
     )
     log_every: int = option(10, "steps between two looks at the loss, and at a waiting signal")
     peak_tflops: float | None = option(
@@ -201,6 +204,27 @@ def model_config(options: ModelOptions, text: Text) -> PreTrainedConfig:
     if options.config is not None:
         return AutoConfig.from_pretrained(options.config, **{**sizes, **overrides})
     return AutoConfig.for_model(options.architecture, **{**sizes, **overrides})
+
+
+def compile_model(model: PreTrainedModel, how: str) -> None:
+    """Compiles a model in place at its first pass.
+
+    Args:
+        how: `"no"`; `"layers"`, each by itself; or a mode of `torch.compile` for the whole.
+
+    Raises:
+        ValueError: an architecture whose layers Transformers does not mark as such.
+    """
+    if how == "layers":
+        layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+        require(
+            bool(layers),
+            f"--compile layers finds no layers in {model.config.model_type}; pass --compile default.",
+        )
+        for layer in layers:
+            layer.compile()
+    elif how != "no":
+        model.compile(mode=how)
 
 
 def flops_per_token(model: PreTrainedModel, length: int) -> float:
@@ -303,8 +327,7 @@ def pretrain(
     if model_options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     parameters, flops = model.num_parameters(), flops_per_token(model, text.options.length)
-    if training.compile != "no":
-        model.compile(mode=training.compile)
+    compile_model(model, training.compile)
     parts = training.gradient_accumulation_steps
     micro = training.batch_size // parts
     order = text.order(micro, training.seed, training.steps * parts)
@@ -375,6 +398,7 @@ def describe(text: Text, training: PretrainOptions) -> dict[str, Any]:
             "split": text.options.validation_split or "documents set aside",
             "description": (
                 f"Rows of {text.options.length} {unit}s, the documents in a row {shared}."
+                + text.fingerprint()
             ),
         },
         "metric": {

@@ -85,14 +85,13 @@ class Job:
             *("--output_dir", str(self.folder)),
         ]
 
-    def found(self) -> tuple[Run, dict[str, Any], dict[str, Any]] | None:
-        """The run with settings and environment; an unfinished run has no folder."""
+    def found(self) -> Record | None:
+        """The record of its run, called by the setting; of an unfinished one what there is."""
         settings, results = self.folder / "settings.json", self.folder / "results.json"
         curve = self.folder / "curve.json"
         if results.exists():
             record = Record.load(results)
-            run = replace(record.runs[0], variant=self.setting.name)
-            return run, dict(record.settings), dict(record.environment)
+            return replace(record, runs=[replace(record.runs[0], variant=self.setting.name)])
         if not curve.exists():
             return None
         known = json.loads(curve.read_text(encoding="utf-8"))
@@ -106,7 +105,7 @@ class Job:
             curve=known,
             final={key: values[-1] for key, values in known.items() if key != "step"},
         )
-        return run, given["settings"], given["environment"]
+        return Record(recipe="pretrain", task={}, runs=[run], **given)
 
 
 def run_all(
@@ -121,7 +120,7 @@ def run_all(
     places = [device for _ in range(per_device) for device in devices]
     running: dict[subprocess.Popen[bytes], tuple[Job, str]] = {}
     waiting = [job for job in jobs if not (job.folder / "results.json").exists()]
-    stopping = False
+    stopping = news = False
     try:
         while running or (waiting and not stopping):
             stopping = stopping or time.monotonic() > deadline
@@ -131,15 +130,16 @@ def run_all(
             if stopping:
                 for process in running:
                     process.terminate()
+            if news:  # only now: a device must not wait for a picture
+                collect()
             time.sleep(0.2)
-            for process in [process for process in running if process.poll() is not None]:
+            ended = [process for process in running if process.poll() is not None]
+            news = bool(ended)
+            for process in ended:
                 job, place = running.pop(process)
                 places.append(place)
-                state = (
-                    "finished" if process.returncode == 0 else f"ended with {process.returncode}"
-                )
-                print(f"{job.folder.name} {state}", flush=True)
-                collect()
+                how = "finished" if process.returncode == 0 else f"ended with {process.returncode}"
+                print(f"{job.folder.name} {how}", flush=True)
     finally:
         for process in running:
             process.send_signal(signal.SIGKILL)
@@ -162,9 +162,9 @@ def collect(jobs: Sequence[Job], settings: Sequence[Setting], folder: Path) -> R
     found = [one for job in jobs if (one := job.found()) is not None]
     if not found:
         return None
-    runs, run_settings, environments = zip(*found, strict=True)
     own = {"seed", "architecture", "attention"}
-    shared = {key: value for key, value in run_settings[0].items() if key not in own}
+    shared = {key: value for key, value in found[0].settings.items() if key not in own}
+    finished = [one.task for one in found if one.task]
     record = Record(
         recipe="study",
         task={
@@ -175,13 +175,14 @@ def collect(jobs: Sequence[Job], settings: Sequence[Setting], folder: Path) -> R
                 "key": "loss",
                 "name": f"validation loss (nats a {'token' if shared['tokenizer'] else 'byte'})",
             },
+            **({"dataset": finished[0]["dataset"]} if finished else {}),
         },
         settings={
             **shared,
             "compared": {s.name: f"{s.architecture}/{s.attention}" for s in settings},
         },
-        runs=runs,
-        environment=environments[0],
+        runs=[run for one in found for run in one.runs],
+        environment=found[0].environment,
     )
     record = replace(record, task={**record.task, "comparison": comparison(record)})
     record.save(folder / "results.json")

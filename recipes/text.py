@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import glob
+import hashlib
 import itertools
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
@@ -213,6 +214,18 @@ class Text:
         )
         documents = documents.select_columns([column])
         return documents if column == "text" else documents.rename_column(column, "text")
+
+    def fingerprint(self) -> str:
+        """A sentence that tells local text from other text under the same name."""
+        if self.options.dataset is not None or self.options.streaming:
+            return ""
+        digest, size = hashlib.sha256(), 0
+        for part in (self.train, self.validation):
+            for document in part["text"]:
+                digest.update(content := document.encode())
+                size += len(content)
+        count = len(self.train) + len(self.validation)
+        return f" {count} documents of {size} bytes together, SHA-256 {digest.hexdigest()}."
 
     # ---- rows ------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from launching import ONE, RECIPES, SHARDED, TWO, launch, launch_and_interrupt
+from torch._dynamo.backends.debugging import aot_eager
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from hf_expressive import ExpressiveConfig
@@ -187,6 +188,60 @@ def test_every_token_weighs_the_same() -> None:
     picked = logits.gather(-1, ids[:, 1:, None])[..., 0]
     by_hand = -picked[labels[:, 1:] != IGNORED].sum() / (4 * 8)
     torch.testing.assert_close(whole, by_hand)
+
+
+# Dynamo looks at the gradient of a layer's input.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(
+    ("attention", "graphs"),
+    [("sdpa", 1), ("expressive:power=3,sink=true", 1), ("expressive:softmax_layers=[1]", 2)],
+)
+def test_layers_compile_once(
+    corpus: Path, attention: str, graphs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One graph serves all layers of a kind, and gives the loss and gradients of no graph."""
+    options = recipe.ModelOptions(attention=attention, width=32, heads=4, layers=4)
+    seen = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        seen.append(graph)
+        return aot_eager(graph, inputs)
+
+    def compile_layer(self: torch.nn.Module) -> None:
+        self._compiled_call_impl = torch.compile(self._call_impl, fullgraph=True, backend=backend)
+
+    text = read(corpus, documents="joined")
+    torch.manual_seed(0)
+    model: Any = Attention.parse(attention).causal_lm(recipe.model_config(options, text))
+    batch = next(iter(text.validation_loader(4)))
+    torch.compiler.reset()
+    found = []
+    for how in ("no", "layers"):
+        monkeypatch.setattr(torch.nn.Module, "compile", compile_layer)
+        recipe.compile_model(model, how)
+        loss = recipe.mean_loss(model, batch)
+        loss.backward()
+        found.append((loss.detach(), [p.grad for p in model.parameters()]))
+        model.zero_grad()
+    torch.testing.assert_close(found[0], found[1])
+    assert len(seen) == graphs
+
+
+def test_layers_that_nobody_marked_are_not_compiled() -> None:
+    class Bare(torch.nn.Module):
+        config = LlamaConfig()
+
+    with pytest.raises(ValueError, match="--compile layers finds no layers in llama"):
+        recipe.compile_model(Bare(), "layers")  # type: ignore[arg-type]
+
+
+def test_text_under_the_same_name_is_told_apart(corpus: Path) -> None:
+    told = read(corpus).fingerprint()
+    size = sum(path.stat().st_size for path in (corpus / "tales").glob("*.txt"))
+    assert f"40 documents of {size} bytes" in told
+    assert told == read(corpus).fingerprint()
+    assert told != read(corpus, validation_documents=6).fingerprint()
+    assert read_stream(corpus).fingerprint() == ""
 
 
 def test_operations_of_a_token_by_hand() -> None:
