@@ -108,9 +108,10 @@ def naive_expressive(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return (weight / weight.sum(-1, keepdim=True).clamp_min(1e-30)) @ value
 
 
-def ours(query: Tensor, key: Tensor, value: Tensor, *, impl: Any) -> Tensor:
+def ours(query: Tensor, key: Tensor, value: Tensor, *, power: int = 1, impl: Any) -> Tensor:
     """Expressive attention of this package."""
-    return expressive_attention(query, key, value, is_causal=query.shape[2] > 1, impl=impl)
+    is_causal = query.shape[2] > 1
+    return expressive_attention(query, key, value, power=power, is_causal=is_causal, impl=impl)
 
 
 @lru_cache(maxsize=2)
@@ -239,12 +240,16 @@ def rivals(device: str) -> dict[str, Attention]:
 
     named: dict[str, Attention] = {
         "expressive, Triton": partial(ours, impl="triton"),
+        "expressive power 2, Triton": partial(ours, power=2, impl="triton"),
         "implicit kernel, Triton": partial(implicit_kernel, impl="triton"),
         "kernel direct, Triton": partial(whole_kernel, kernel="direct", impl="triton"),
         "softmax, cuDNN": partial(softmax, backend=SDPBackend.CUDNN_ATTENTION),
         "softmax, flash": partial(softmax, backend=SDPBackend.FLASH_ATTENTION),
         "expressive, flex_attention": flex_expressive,
     }
+    if torch.cuda.get_device_capability() == (9, 0):
+        named["expressive, Hopper"] = partial(ours, impl="hopper")
+        named["expressive power 2, Hopper"] = partial(ours, power=2, impl="hopper")
     try:
         import flash_attn.cute  # noqa: F401
     except ImportError:
@@ -261,7 +266,7 @@ def reference_of(name: str) -> Attention:
     if name.startswith("kernel "):
         kernel = name.removeprefix("kernel ").partition(",")[0]
         return partial(whole_kernel, kernel=kernel, impl="reference")
-    return partial(ours, impl="reference")
+    return partial(ours, power=2 if "power 2" in name else 1, impl="reference")
 
 
 def check(name: str, attention: Attention, device: str, dtype: torch.dtype) -> None:

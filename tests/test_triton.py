@@ -283,6 +283,8 @@ LARGE = [
         ("packed", (1, 4, 2, 600, 600, 64, 64), {"ranges": packed([3, 300, 1, 296], causal=True)}),
         ("dropout", (1, 4, 2, 300, 300, 64, 64), CAUSAL | {"dropout": 0.2, "seed": seed}),
         ("decoding", (2, 8, 2, 1, 3000, 128, 128), {}),
+        ("decoding for many", (16, 16, 8, 1, 700, 128, 128), {}),
+        ("decoding for many, key bias", (32, 8, 4, 2, 300, 64, 64), CAUSAL | {"response": SQUARE, "key_bias": lambda draw: draw(32, 4, 300)}),
         ("decoding, key bias", (2, 8, 2, 2, 3000, 64, 64), CAUSAL | {"response": SQUARE, "key_bias": lambda draw: draw(2, 2, 3000)}),
     )
 ]  # fmt: skip

@@ -31,9 +31,15 @@ from transformers import initialization as init
 from ..config import ImplicitKernelConfig, MechanismConfig
 from ..discovery import AttentionModule, attention_modules, head_dim, num_heads, num_key_value_heads
 from ..ops import KeyRanges
-from ..ops.implicit_kernel import in_unit_lengths, kernel_features, log_magnitude
+from ..ops.implicit_kernel import (
+    in_unit_lengths,
+    kernel_features,
+    log_magnitude,
+    unit_length,
+)
 from ..ops.problem import HIDDEN
 from ..ops.response import Response
+from ..ops.triton import features as fused_features
 from .base import About, AttentionCall, Mechanism
 from .key_memory import KeyMemory
 from .spectral_density import GeneratedFrequencies, LearnedFrequencies, Regularized
@@ -112,7 +118,15 @@ class SpectralKernel(nn.Module):
                 assert key_bias is not None
                 return kernel_features(key, frequencies, call.scaling), key_bias
 
-            if self._decodes(call):
+            if self._decodes(call) and call.key.is_cuda:
+                key, key_bias = self.memory.features(
+                    call.key,
+                    frequencies,
+                    exponent,
+                    factor=unit_length(call.key, call.scaling),
+                    magnitude_factor=0.5 * self._magnitude_scale(call.key, call.scaling),
+                )
+            elif self._decodes(call):
                 others = (
                     torch.tensor(call.scaling, dtype=torch.float64),
                     torch.as_tensor(exponent),
@@ -124,14 +138,15 @@ class SpectralKernel(nn.Module):
             return Evaluated(frequencies, key, key_bias, regularizer)
 
     def _decodes(self, call: AttentionCall) -> bool:
-        """Whether a call looks like a step with a cache, where remembering keys pays.
-
-        On a GPU the comparison would make it wait for the processor.
-        """
-        return (
-            call.query.shape[2] < call.key.shape[2]
-            and call.key.device.type == "cpu"
-            and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        """Whether a call looks like a step with a cache, where remembering keys pays."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if call.query.shape[2] >= call.key.shape[2]:
+            return False
+        # A captured graph would go on using memory that the next sequence gives back.
+        return not call.key.is_cuda or (
+            fused_features.unsupported_rows(call.key) is None
+            and not torch.cuda.is_current_stream_capturing()
         )
 
     def _exponent(self) -> float | Tensor:
@@ -140,15 +155,17 @@ class SpectralKernel(nn.Module):
             return 1.0 + self.log_exponent.float().exp()
         return self.options.p
 
+    def _magnitude_scale(self, key: Tensor, scaling: float) -> float:
+        """1/√d of the magnitudes: in the paper; the published code has d^-¼."""
+        return scaling * (key.shape[-1] ** 0.25 if self.options.authors_code else 1.0)
+
     def _key_bias(self, key: Tensor, scaling: float, exponent: float | Tensor) -> Tensor | None:
         options = self.options
         dropout = options.norm_dropout if self.training else 0.0
         is_rbf = options.kernel == "rbf"
         if is_rbf and options.p == 2.0 and not options.authors_code and dropout == 0.0:
             return None
-        # 2√d in the paper; the published code has 2·d^¼.
-        factor = key.shape[-1] ** 0.25 if options.authors_code else 1.0
-        key_bias = log_magnitude(key, exponent, scaling * factor)
+        key_bias = log_magnitude(key, exponent, self._magnitude_scale(key, scaling))
         if dropout > 0.0:
             key_bias = nn.functional.dropout(key_bias, dropout)
         return key_bias - log_magnitude(key, 2.0, scaling) if is_rbf else key_bias

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..ops.triton.cached_features import CachedFeatures
 
 
 class _Kept(NamedTuple):
@@ -28,6 +31,7 @@ class KeyMemory:
 
     def __init__(self) -> None:
         self._kept: _Kept | None = None
+        self._on_gpu: CachedFeatures | None = None
 
     def compute(
         self,
@@ -52,8 +56,33 @@ class KeyMemory:
         self._kept = _Kept(key.clone(), given, results)
         return results
 
+    def features(
+        self,
+        key: Tensor,
+        frequencies: Tensor,
+        p: float | Tensor,
+        *,
+        factor: float,
+        magnitude_factor: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Spectral features and L^p magnitudes of keys by the GPU's kernels, which compare as they go.
+
+        Args: see `ops.triton.cached_features.CachedFeatures.refresh`, whose results these are.
+        """
+        from ..ops.triton.cached_features import CachedFeatures
+
+        samples = frequencies.float()
+        samples = samples[None] if samples.dim() == 4 else samples
+        kept = self._on_gpu
+        if kept is None or not kept.fits(key, samples):
+            larger = CachedFeatures(key, samples)
+            if kept is not None and kept.is_shorter(larger):
+                larger.take_over(kept)
+            self._on_gpu = kept = larger
+        return kept.refresh(key, samples, p, factor, magnitude_factor)
+
     def clear(self) -> None:
-        self._kept = None
+        self._kept = self._on_gpu = None
 
     def __reduce__(self) -> tuple[type[KeyMemory], tuple[()]]:
         return KeyMemory, ()

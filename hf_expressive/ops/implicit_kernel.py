@@ -12,6 +12,7 @@ from .problem import KeyRanges
 from .response import Response
 from .spectral import spectral_features, squared_norm
 from .triton import features as fused
+from .triton import magnitude as fused_norm
 
 
 def implicit_kernel_attention(
@@ -140,7 +141,9 @@ def kernel_features(x: Tensor, frequencies: Tensor, scale: float) -> Tensor:
 
 
 def log_magnitude(key: Tensor, p: float | Tensor, scale: float) -> Tensor:
-    """‖k_j‖_p²·scale/2 in compute dtype, (batch, key/value heads, keys)."""
+    """‖k_j‖_p²·scale/2 in compute dtype, (batch, key/value heads, keys); on a GPU by one kernel."""
+    if key.is_cuda and fused_norm.unsupported(key) is None:
+        return fused_norm.fused_magnitude(key, p, 0.5 * scale)
     with torch.autocast(key.device.type, enabled=False):
         exponent = p.to(_compute_dtype(key)) if isinstance(p, Tensor) else p
         return squared_norm(key.to(_compute_dtype(key)), exponent) * (0.5 * scale)

@@ -8,12 +8,14 @@ from those of the operator and are derived here, once for all implementations.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from . import blockwise, hopper, triton
+from .operator import operator
 from .problem import AttentionProblem, KeyRanges
 from .response import Response
 
@@ -41,22 +43,22 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "hopper": hopper,
 }
 
-#: Of the operators' names. A copy of these files in a kernel repository has another, so that both can be
-#: loaded in one process.
-_NAMESPACE = __name__.partition(".")[0]
 _NO_WINDOW = -1
 _NO_SOFTCAP = 0.0
 
 
-def without_autocast(tensor: Tensor) -> torch.autocast:
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Scores and sums are float32 or wider by contract; autocast would round the products' operands."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def attention(problem: AttentionProblem, impl: str) -> tuple[Tensor, Tensor]:
     """Output (B, H, Q, E) and log normaliser (B, H, Q); the output is differentiable."""
     ranges = problem.ranges
-    return _forward(
+    out, log_normalizer = _forward(
         problem.query,
         problem.key,
         problem.value,
@@ -79,6 +81,7 @@ def attention(problem: AttentionProblem, impl: str) -> tuple[Tensor, Tensor]:
         problem.dropout,
         impl,
     )
+    return out, log_normalizer
 
 
 def _problem(arguments: Sequence[Any]) -> AttentionProblem:
@@ -105,8 +108,7 @@ def _problem(arguments: Sequence[Any]) -> AttentionProblem:
     )
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::attention_forward", mutates_args=())
-def _forward(
+def _compute(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -137,15 +139,13 @@ def _forward(
         return IMPLEMENTATIONS[impl].forward(_problem(arguments))
 
 
-@_forward.register_fake
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Any:
     shape = (*query.shape[:3], value.shape[3])
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty(shape), query.new_empty(query.shape[:3], dtype=dtype)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::attention_backward", mutates_args=())
-def _backward(
+def _compute_backward(
     grad_out: Tensor,
     out: Tensor,
     log_normalizer: Tensor,
@@ -198,7 +198,6 @@ def _backward(
     )
 
 
-@_backward.register_fake
 def _backward_fake(
     grad_out: Tensor,
     out: Tensor,
@@ -221,7 +220,10 @@ def _backward_fake(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+_backward = operator("attention_backward", _compute_backward, _backward_fake)
+
+
+def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:12], *output)
     ctx.options = inputs[12:]
     ctx.mark_non_differentiable(output[1])
@@ -256,4 +258,4 @@ def _gradients(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ..
     )
 
 
-_forward.register_autograd(_gradients, setup_context=_setup_context)
+_forward = operator("attention_forward", _compute, _forward_fake, save=_save, gradients=_gradients)

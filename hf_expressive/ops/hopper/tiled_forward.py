@@ -65,15 +65,6 @@ def weights_of(score, factor, inverse, POWER: gl.constexpr, FOLDED: gl.constexpr
 
 
 @gluon.jit
-def as_multiplied(weight, DTYPE: gl.constexpr, LIFT: gl.constexpr):
-    """The weight as the product with the values will see it, rounded to their dtype.
-
-    Rows that see few keys are summed from these: with one key the output is then its value exactly.
-    """
-    return (weight * LIFT).to(DTYPE).to(gl.float32) * (1.0 / LIFT)
-
-
-@gluon.jit
 def lane_sums(weight, HALF: gl.constexpr, KEYS: gl.constexpr):
     """Row sums of a tile within each thread: (HALF, 4), without any exchange between threads."""
     return gl.sum(gl.sum(weight.reshape([HALF, KEYS // 8, 4, 2]), 3), 1)
@@ -103,6 +94,24 @@ def blocks_of(entry, KEYS: gl.constexpr):
     """(first block, number of blocks) of keys; one block at least, all of its keys may be hidden."""
     first = gl.load(entry) // KEYS
     return first, gl.maximum(gl.cdiv(gl.load(entry + 1), KEYS) - first, 1)
+
+
+@gluon.jit
+def visibility(
+    tile, row, shape, table, bounds,
+    half: gl.constexpr, HALF: gl.constexpr, KEYS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """What half a tile sees: `blocks_of`, [start, end) of what all of its queries see, and of each."""
+    tiles, heads, patterns = shape[0], shape[3], shape[5]
+    entry = entry_of(tile, row, shape, table)
+    first, count = blocks_of(entry, KEYS)
+    inner_start = gl.load(entry + 2 + 2 * half)
+    inner_end = gl.load(entry + 3 + 2 * half)
+    query = tile * (2 * HALF) + half * HALF + gl.arange(0, HALF, LAYOUT)
+    pattern = gl.minimum(row // heads, patterns - 1)
+    start = gl.load(bounds + pattern * (tiles * 2 * HALF) + query)
+    end = gl.load(bounds + (patterns + pattern) * (tiles * 2 * HALF) + query)
+    return first, count, inner_start, inner_end, start, end
 
 
 @gluon.jit
@@ -197,8 +206,8 @@ def consumer(
     scale, gain, sinks, sinks_batch, sinks_head, sinks_query, keys, keys_batch = (
         terms[0], terms[1], terms[2], terms[3], terms[4], terms[5], terms[6], terms[7],
     )  # fmt: skip
-    tiles, rows, heads, patterns, num_queries = shape[0], shape[1], shape[3], shape[5], shape[6]
-    total_tiles = tiles * rows
+    heads, num_queries = shape[3], shape[6]
+    total_tiles = shape[0] * shape[1]
     SIZE: gl.constexpr = query_buffer.shape[4]
     VALUE_SIZE: gl.constexpr = value_buffer.shape[4]
     DTYPE: gl.constexpr = query_buffer.dtype
@@ -211,6 +220,9 @@ def consumer(
     turn = 0
     index = gl.program_id(0)
     tile, row = place(index, shape)
+    first, count, inner_start, inner_end, start, end = visibility(
+        tile, row, shape, table, bounds, half, HALF, KEYS, ROW
+    )
     mbarrier.wait(queries_in.index(half), 0)
     mbarrier.wait(step_in.index(0), 0)
     score = warpgroup_mma(
@@ -222,14 +234,6 @@ def consumer(
     while index < total_tiles:
         slot = turn & 1
         batch = row // heads
-        entry = entry_of(tile, row, shape, table)
-        first, count = blocks_of(entry, KEYS)
-        inner_start = gl.load(entry + 2 + 2 * half)
-        inner_end = gl.load(entry + 3 + 2 * half)
-        query = tile * (2 * HALF) + half * HALF + gl.arange(0, HALF, ROW)
-        pattern = gl.minimum(batch, patterns - 1)
-        start = gl.load(bounds + pattern * (tiles * 2 * HALF) + query)
-        end = gl.load(bounds + (patterns + pattern) * (tiles * 2 * HALF) + query)
         factor = scale
         if gain is not None:
             factor = factor * gl.load(gain + row % heads)
@@ -244,14 +248,19 @@ def consumer(
 
         begin = (first + count - 1) * KEYS
         score = hide(score, start, end, begin, row_keys, KEYS, SCORE)
-        weight = as_multiplied(weights_of(score, factor, inverse, POWER, FOLDED), DTYPE, LIFT)
+        weight = weights_of(score, factor, inverse, POWER, FOLDED)
         total = lane_sums(weight, HALF, KEYS)
         # The output of the tile before has long been read.
         tma.store_wait(0)
         mbarrier.arrive(queries_out.index(2 * (slot ^ 1) + half), count=1, pred=turn > 0)
         mbarrier.arrive(step_out.index(step % STAGES), count=1)
         step += 1
-        operand = gl.convert_layout((weight * LIFT).to(DTYPE), WEIGHT)
+        multiplied = (weight * LIFT).to(DTYPE)
+        # What rounding adds to the weights, summed where a row may see few keys: the output is divided
+        # by the sum of the rounded ones, so that of a single key is its value exactly. The log
+        # normaliser is that of the exact sum.
+        rounding = lane_sums(multiplied.to(gl.float32), HALF, KEYS) * (1.0 / LIFT) - total
+        operand = gl.convert_layout(multiplied, WEIGHT)
         queries = query_buffer.index(2 * slot + half).reshape([HALF, SIZE])
         out = gl.zeros([HALF, VALUE_SIZE], gl.float32, OUT)
         mbarrier.wait(step_in.index(step % STAGES), (step // STAGES) & 1)
@@ -271,24 +280,29 @@ def consumer(
                 partial = begin >= 0
             if partial:
                 score = hide(score, start, end, begin, row_keys, KEYS, SCORE)
-                weight = as_multiplied(
-                    weights_of(score, factor, inverse, POWER, FOLDED), DTYPE, LIFT
-                )
-            else:
-                weight = weights_of(score, factor, inverse, POWER, FOLDED)
-            total += lane_sums(weight, HALF, KEYS)
+            weight = weights_of(score, factor, inverse, POWER, FOLDED)
+            added = lane_sums(weight, HALF, KEYS)
+            total += added
             # A wait is a branch, across which the assembler does not move code: without one here the
             # weights would be computed after the products that they should overlap.
             mbarrier.wait(step_in.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1)
             out = warpgroup_mma_wait(0, deps=[out])
             mbarrier.arrive(step_out.index(stage), count=1)
-            operand = gl.convert_layout((weight * LIFT).to(DTYPE), WEIGHT)
+            multiplied = (weight * LIFT).to(DTYPE)
+            if partial:
+                rounding += lane_sums(multiplied.to(gl.float32), HALF, KEYS) * (1.0 / LIFT) - added
+            operand = gl.convert_layout(multiplied, WEIGHT)
             step += 1
 
         # The last values of this tile and the first keys of the next one.
         mbarrier.wait(index_in.index(slot), (turn >> 1) & 1)
         index = gl.max(index_buffer.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
         mbarrier.arrive(index_out.index(slot), count=1)
+        # What the next tile sees is fetched while this one is finished.
+        next_tile, next_row = place(gl.minimum(index, total_tiles - 1), shape)
+        first, count, inner_start, inner_end, start, end = visibility(
+            next_tile, next_row, shape, table, bounds, half, HALF, KEYS, ROW
+        )
         turn += 1
         other = 2 * (turn & 1) + half
         mbarrier.wait(queries_in.index(other), (turn >> 1) & 1, pred=index < total_tiles)
@@ -302,7 +316,9 @@ def consumer(
             no_score, use_acc=False, is_async=True,
         )  # fmt: skip
         out = warpgroup_mma_wait(1, deps=[out])
+        rounding = gl.convert_layout(gl.sum(rounding, 1), ROW)
         total = gl.convert_layout(gl.sum(total, 1), ROW)
+        query = tile * (2 * HALF) + half * HALF + gl.arange(0, HALF, ROW)
         # Weights are at most 1, so exp(0) is the level that a sink is compared with.
         level = total * 0.0
         if sinks is not None:
@@ -314,9 +330,13 @@ def consumer(
             level = gl.maximum(sink, 0.0)
             shrink = gl.exp2(-level * _LOG2_E)
             total = total * shrink + gl.exp2((sink - level) * _LOG2_E)
+            rounding = rounding * shrink
         seen = total >= _TINY
+        rounded = total + rounding
+        heavy = rounded >= _TINY
+        rounded = gl.where(heavy, rounded, 1.0)
+        normalise = gl.where(heavy, gl.exp2(-level * _LOG2_E) / rounded, 0.0) * (1.0 / LIFT)
         total = gl.where(seen, total, 1.0)
-        normalise = gl.where(seen, gl.exp2(-level * _LOG2_E) / total, 0.0) * (1.0 / LIFT)
         out = out * gl.convert_layout(normalise, gl.SliceLayout(1, OUT))[:, None]
         gl.store(
             log_normalizer + row.to(gl.int64) * num_queries + query,
@@ -327,7 +347,7 @@ def consumer(
         staging.reshape([HALF, VALUE_SIZE]).store(out.to(DTYPE))
         fence_async_shared()
         _store(out_tiles, [batch, row % heads, tile * (2 * HALF) + half * HALF, 0], staging)
-        tile, row = place(index, shape)
+        tile, row = next_tile, next_row
         score = warpgroup_mma_wait(0, deps=[score])
     tma.store_wait(0)
 

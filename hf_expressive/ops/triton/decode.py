@@ -8,7 +8,6 @@ and a static cache costs no more than what it holds.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,6 +30,8 @@ from .tiles import (
 )
 
 _MAX_SPLITS = 128
+# Of the multiprocessors at work, from which on a second kernel that adds up splits does not pay.
+_FULL = 0.9
 
 
 @triton.jit
@@ -41,6 +42,8 @@ def split_kernel(
     sums,
     totals,
     tops,
+    out,
+    log_normalizer,
     rule: tl.constexpr,
     terms,
     sizes,
@@ -49,6 +52,7 @@ def split_kernel(
     query_head,
     query_length,
     query_size,
+    WHOLE: tl.constexpr,
     KEY_SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -107,14 +111,22 @@ def split_kernel(
         accumulator = weigh(accumulator, weight, value_tile, rule)
 
     top += common_level(rule, terms, tl.program_id(0), inverse)
-    # (splits, B, H, Q, E); a split without keys writes its zero total only.
-    rows = (tl.num_programs(0) * group).to(tl.int64) * num_queries
-    row = split * rows + flat_head.to(tl.int64) * num_queries + index
-    tl.store(totals + row, total, mask=written)
-    tl.store(tops + row, top, mask=written)
+    row = flat_head.to(tl.int64) * num_queries + index
     size = tl.arange(0, BLOCK_E)
-    inside = (written & (total > 0.0))[:, None] & (size < VALUE_SIZE)[None, :]
-    tl.store(sums + row[:, None] * VALUE_SIZE + size[None, :], accumulator, mask=inside)
+    inside = written[:, None] & (size < VALUE_SIZE)[None, :]
+    if WHOLE:  # there is one split
+        normalise, log_total = finish(terms, batch, head, index, total, top, num_queries)
+        accumulator = accumulator * (normalise * (terms.keep_scale / rule.lift))[:, None]
+        places = row[:, None] * VALUE_SIZE + size[None, :]
+        tl.store(out + places, accumulator.to(out.dtype.element_ty), mask=inside)
+        tl.store(log_normalizer + row, log_total, mask=written)
+    else:
+        # (splits, B, H, Q, E); a split without keys writes its zero total only.
+        row += split * (tl.num_programs(0) * group).to(tl.int64) * num_queries
+        tl.store(totals + row, total, mask=written)
+        tl.store(tops + row, top, mask=written)
+        places = row[:, None] * VALUE_SIZE + size[None, :]
+        tl.store(sums + places, accumulator, mask=inside & (total > 0.0)[:, None])
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -164,8 +176,14 @@ def combine_kernel(
 
 
 def num_splits(call: Call, block_n: int) -> int:
-    """Splits a head: enough programs to fill the device twice, at least two tiles of keys each."""
-    wanted = ceil_div(2 * num_processors(call.problem), call.batch * call.key_heads)
+    """Splits a head: one if the heads fill the device, else enough programs to fill it twice.
+
+    At least two tiles of keys each.
+    """
+    processors, rows = num_processors(call.problem), call.batch * call.key_heads
+    if rows >= _FULL * processors:
+        return 1
+    wanted = ceil_div(2 * processors, rows)
     return max(1, min(wanted, ceil_div(call.num_keys, 2 * block_n), _MAX_SPLITS))
 
 
@@ -174,11 +192,13 @@ def decode(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     call = Call(problem, steady=False)
     shape = call.tile_shape("decode")
     splits = num_splits(call, shape.block_n)
-    rows = (splits, call.batch, call.heads, call.num_queries)
-    device = problem.query.device
-    sums = torch.empty(*rows, call.value_size, dtype=torch.float32, device=device)
-    totals = torch.empty(rows, dtype=torch.float32, device=device)
-    tops = torch.empty_like(totals)
+    out, log_normalizer = call.outputs()
+    sums = totals = tops = None
+    if splits > 1:
+        rows = (splits, *log_normalizer.shape)
+        sums = log_normalizer.new_empty(*rows, call.value_size)
+        totals = log_normalizer.new_empty(rows)
+        tops = log_normalizer.new_empty(rows)
     split_kernel[(call.batch * call.key_heads, splits)](
         problem.query,
         call.tiles(problem.key, shape.block_n),
@@ -186,17 +206,21 @@ def decode(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         sums,
         totals,
         tops,
+        out,
+        log_normalizer,
         call.rule,
         call.terms,
         call.sizes,
         problem.scale,
         *problem.query.stride(),
+        WHOLE=splits == 1,
         KEY_SIZE=call.key_size,
         VALUE_SIZE=call.value_size,
         **call.blocks,
         **shape.options,
     )
-    out, log_normalizer = call.outputs()
+    if splits == 1:
+        return out, log_normalizer
     combine_kernel[(call.batch * call.heads * call.num_queries,)](
         sums,
         totals,

@@ -14,27 +14,35 @@ S densities, M frequencies a density.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..operator import operator
 from . import INSTALLED
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_SIZE = 256
-_NAMESPACE = __name__.partition(".")[0]  # as in `ops.library`
 
 
 def unsupported(x: Tensor, frequencies: Tensor) -> str | None:
     """One sentence why the fused kernels cannot make features of `x`, or `None` if they can."""
+    if 0 in frequencies.shape:
+        return "Triton kernels take no empty tensors."
+    return unsupported_rows(x)
+
+
+def unsupported_rows(x: Tensor) -> str | None:
+    """The same of kernels that go over (batch, heads, positions, dim) tensors row by row."""
     if not INSTALLED:
         return "Triton is not installed."
     if x.dtype not in _DTYPES:
         return f"Triton kernels take float16, bfloat16 or float32 tensors, got {x.dtype}."
     if x.shape[-1] > _MAX_HEAD_SIZE:
         return f"Triton kernels take head sizes up to {_MAX_HEAD_SIZE}, got {x.shape[-1]}."
-    if 0 in x.shape or 0 in frequencies.shape:
+    if 0 in x.shape:
         return "Triton kernels take no empty tensors."
     if not x.is_cuda:
         from .launch import COMPILED
@@ -61,20 +69,17 @@ def fused_features(x: Tensor, frequencies: Tensor, factor: float) -> Tensor:
     return result
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::features_forward", mutates_args=())
-def _forward(x: Tensor, frequencies: Tensor, factor: float) -> Tensor:
+def _compute(x: Tensor, frequencies: Tensor, factor: float) -> Tensor:
     from .features_kernels import forward
 
     return forward(x, frequencies, factor)
 
 
-@_forward.register_fake
 def _forward_fake(x: Tensor, frequencies: Tensor, factor: float) -> Tensor:
     return x.new_empty((*x.shape[:3], 2 * frequencies.shape[-1]))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::features_backward", mutates_args=())
-def _backward(
+def _compute_backward(
     grad: Tensor,
     x: Tensor,
     frequencies: Tensor,
@@ -92,7 +97,6 @@ def _backward(
     )
 
 
-@_backward.register_fake
 def _backward_fake(
     grad: Tensor,
     x: Tensor,
@@ -107,7 +111,10 @@ def _backward_fake(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+_backward = operator("features_backward", _compute_backward, _backward_fake)
+
+
+def _save(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.factor = inputs[2]
 
@@ -118,4 +125,4 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, No
     return grad_x if needs[0] else None, grad_frequencies if needs[1] else None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_setup_context)
+_forward = operator("features_forward", _compute, _forward_fake, save=_save, gradients=_gradients)

@@ -15,6 +15,8 @@ from .tiles import row_place
 
 # Positions and frequencies of a tile; exact products of float32 and wide heads fill registers.
 _TILE, _SMALL_TILE = (64, 32), (32, 16)
+#: Positions that are made again together; tiles divide it.
+SPAN = 64
 _RUN = 16  # tiles of positions whose contributions to dW one program adds
 
 
@@ -90,15 +92,23 @@ def sample_head(flat_head, heads, group, BATCHED: tl.constexpr):
 
 
 @triton.jit
+def is_current(stale, flat_head, first, rows, SPAN: tl.constexpr):
+    """Whether positions from `first` on have what was computed of them; see `cached_features`."""
+    return tl.load(stale + flat_head * tl.cdiv(rows, SPAN) + first // SPAN) == 0
+
+
+@triton.jit
 def forward_kernel(
     x,
     frequencies,
     out,
+    stale,
     factor,
     normalise,
     heads,
     group,
     positions,
+    rows,
     x_batch,
     x_head,
     x_position,
@@ -109,17 +119,22 @@ def forward_kernel(
     BATCHED: tl.constexpr,
     PRECISE: tl.constexpr,
     FAST: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """φ into a tensor with `rows` positions a head, all of them or those in `stale` spans."""
     flat_head = tl.program_id(0)
+    if stale is not None:  # noqa: SIM102 - decided at compile time
+        if is_current(stale, flat_head, tl.program_id(1) * BLOCK_N, rows, SPAN):
+            return
     position = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = position < positions
     place = row_place(flat_head // heads, flat_head % heads, position, x_batch, x_head, x_position)
-    rows = load_rows(x, place, x_size, inside, DIM, BLOCK_D)
+    x_tile = load_rows(x, place, x_size, inside, DIM, BLOCK_D)
     sample = sample_head(flat_head, heads, group, BATCHED)
-    row = flat_head.to(tl.int64) * positions + position
+    row = flat_head.to(tl.int64) * rows + position
     for start in range(0, COUNT, BLOCK_M):
         column = start + tl.arange(0, BLOCK_M)
         cosines = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -128,7 +143,7 @@ def forward_kernel(
             samples = load_samples(
                 frequencies, sample * DENSITIES + density, column, DIM, COUNT, BLOCK_D
             )
-            cosine, sine = circle(product(rows, samples, PRECISE) * factor, FAST)
+            cosine, sine = circle(product(x_tile, samples, PRECISE) * factor, FAST)
             cosines += cosine
             sines += sine
         places = row[:, None] * (2 * COUNT) + column[None, :]
@@ -275,22 +290,35 @@ def _normalise(frequencies: Tensor) -> float:
     return 1.0 / (frequencies.shape[2] * math.sqrt(frequencies.shape[4]))
 
 
-def forward(x: Tensor, frequencies: Tensor, factor: float) -> Tensor:
-    """φ, (B, H, N, 2M) in the dtype of `x`; frequencies: (B or 1, K, S, D, M), float32."""
+def forward(
+    x: Tensor,
+    frequencies: Tensor,
+    factor: float,
+    out: Tensor | None = None,
+    stale: Tensor | None = None,
+) -> Tensor:
+    """φ, (B, H, N, 2M) in the dtype of `x`; frequencies: (B or 1, K, S, D, M), float32.
+
+    With `out`, contiguous, (B, H, N or more, 2M): there, and only where `stale` says, (B · H, spans).
+    """
     batch, heads, positions, _ = x.shape
     options = _options(x, frequencies)
-    out = x.new_empty((batch, heads, positions, 2 * frequencies.shape[4]))
+    if out is None:
+        out = x.new_empty((batch, heads, positions, 2 * frequencies.shape[4]))
     forward_kernel[(batch * heads, ceil_div(positions, options["BLOCK_N"]))](
         x,
         frequencies.contiguous(),
         out,
+        stale,
         factor,
         _normalise(frequencies),
         heads,
         heads // frequencies.shape[1],
         positions,
+        out.shape[2],
         *x.stride(),
         **options,
+        SPAN=SPAN,
     )
     return out
 
