@@ -41,6 +41,9 @@ def print_table(record: Record, console: Console) -> None:
             f"{runs[0].parameters:,}",
             f"{Spread.of([run.seconds for run in runs]).mean:.0f} s",
         )
+    # A file or a pipe has no width of its own; rich's guess of 80 columns would cut names.
+    if not console.is_terminal:
+        console.width = max(console.width, 100)
     console.print(table)
 
 
