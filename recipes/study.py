@@ -46,7 +46,10 @@ SETTINGS = (
     "EA³, gain, sink, q/k norm=qwen3/expressive:scale=learned,power=3,sink=true,gain=0.3",
     "EA², sink, half the heads="
     "qwen3/expressive:scale=learned,power=2,sink=true,gain=0.3,softmax_heads=4",
+    "EA³, sink, half the heads="
+    "qwen3/expressive:scale=learned,power=3,sink=true,gain=0.3,softmax_heads=4",
     "IKA direct=llama/implicit_kernel",
+    "IKA direct, near softmax=llama/implicit_kernel:init=orthogonal",
 )
 
 
