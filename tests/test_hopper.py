@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from test_triton import DEVICE, GPU, Case, differentiable, plain
-from tolerances import assert_within_budget, largest_error
+from tolerances import assert_within_budget
 from torch import Tensor
 
 from hf_expressive.ops import hopper, reference
@@ -134,7 +134,10 @@ def check(problem: AttentionProblem) -> None:
     assert torch.equal(log_normalizer.isfinite(), seen)
     assert bool((log_normalizer[~seen] == -torch.inf).all())
     if bool(seen.any()):
-        assert largest_error(log_normalizer[seen], expected_log[seen]) < 1e-3
+        # A weight is the square of its score, and a score near zero is what cancelling products of
+        # order one leave, each rounded to float32.
+        found, wanted = log_normalizer[seen].double(), expected_log[seen]
+        assert bool(((found - wanted).abs() < 1e-3 + 4e-6 * torch.exp(-wanted / 2)).all())
 
 
 @needs_hopper

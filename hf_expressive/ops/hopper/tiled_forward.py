@@ -65,6 +65,22 @@ def weights_of(score, factor, inverse, POWER: gl.constexpr, FOLDED: gl.constexpr
 
 
 @gluon.jit
+def as_multiplied(weight, DTYPE: gl.constexpr, LIFT: gl.constexpr):
+    """The weight as the product with the values will see it, rounded to their dtype.
+
+    In assembler: the compiler would otherwise share this conversion with the one of the product, at the
+    cost of registers that it does not have.
+    """
+    FLOAT16: gl.constexpr = "{.reg .b16 h; cvt.rn.f16.f32 h, $1; cvt.f32.f16 $0, h;}"
+    BFLOAT16: gl.constexpr = "{.reg .b16 h; cvt.rn.bf16.f32 h, $1; mov.b32 $0, {0, h};}"
+    rounded = gl.inline_asm_elementwise(
+        FLOAT16 if gl.float16 == DTYPE else BFLOAT16,
+        "=f,f", [weight * LIFT], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+    return rounded * (1.0 / LIFT)
+
+
+@gluon.jit
 def lane_sums(weight, HALF: gl.constexpr, KEYS: gl.constexpr):
     """Row sums of a tile within each thread: (HALF, 4), without any exchange between threads."""
     return gl.sum(gl.sum(weight.reshape([HALF, KEYS // 8, 4, 2]), 3), 1)
@@ -134,6 +150,8 @@ def producer(
     index = gl.program_id(0)
     values_batch, values_head, values_start = 0, 0, 0
     while index < total:
+        # Asked for here, the answer is there when this tile's copies have been issued.
+        following = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
         tile, row = place(index, shape)
         first, count = blocks_of(entry_of(tile, row, shape, table), KEYS)
         batch = row // heads
@@ -163,7 +181,7 @@ def producer(
             _load(key_tiles, [batch, key_head, start, 0], ready, key_buffer.index(stage))
             values_batch, values_head, values_start = batch, key_head, start
             step += 1
-        index = gl.num_programs(0) + gl.atomic_add(counter, 1)
+        index = following
         mbarrier.wait(index_out.index(slot), ((turn >> 1) & 1) ^ 1)
         index_buffer.index(slot).store(
             gl.full([1], index, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
@@ -248,19 +266,19 @@ def consumer(
 
         begin = (first + count - 1) * KEYS
         score = hide(score, start, end, begin, row_keys, KEYS, SCORE)
+        # Rows that may see few keys are summed from rounded weights, so that the output of a single key
+        # is its value exactly. The log normaliser is that of the exact sum.
         weight = weights_of(score, factor, inverse, POWER, FOLDED)
+        exact = lane_sums(weight, HALF, KEYS)
+        weight = as_multiplied(weight, DTYPE, LIFT)
         total = lane_sums(weight, HALF, KEYS)
+        rounding = total - exact
         # The output of the tile before has long been read.
         tma.store_wait(0)
         mbarrier.arrive(queries_out.index(2 * (slot ^ 1) + half), count=1, pred=turn > 0)
         mbarrier.arrive(step_out.index(step % STAGES), count=1)
         step += 1
-        multiplied = (weight * LIFT).to(DTYPE)
-        # What rounding adds to the weights, summed where a row may see few keys: the output is divided
-        # by the sum of the rounded ones, so that of a single key is its value exactly. The log
-        # normaliser is that of the exact sum.
-        rounding = lane_sums(multiplied.to(gl.float32), HALF, KEYS) * (1.0 / LIFT) - total
-        operand = gl.convert_layout(multiplied, WEIGHT)
+        operand = gl.convert_layout((weight * LIFT).to(DTYPE), WEIGHT)
         queries = query_buffer.index(2 * slot + half).reshape([HALF, SIZE])
         out = gl.zeros([HALF, VALUE_SIZE], gl.float32, OUT)
         mbarrier.wait(step_in.index(step % STAGES), (step // STAGES) & 1)
@@ -280,29 +298,25 @@ def consumer(
                 partial = begin >= 0
             if partial:
                 score = hide(score, start, end, begin, row_keys, KEYS, SCORE)
-            weight = weights_of(score, factor, inverse, POWER, FOLDED)
-            added = lane_sums(weight, HALF, KEYS)
-            total += added
+                weight = weights_of(score, factor, inverse, POWER, FOLDED)
+                exact = lane_sums(weight, HALF, KEYS)
+                weight = as_multiplied(weight, DTYPE, LIFT)
+                rounding += lane_sums(weight, HALF, KEYS) - exact
+            else:
+                weight = weights_of(score, factor, inverse, POWER, FOLDED)
+            total += lane_sums(weight, HALF, KEYS)
             # A wait is a branch, across which the assembler does not move code: without one here the
             # weights would be computed after the products that they should overlap.
             mbarrier.wait(step_in.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1)
             out = warpgroup_mma_wait(0, deps=[out])
             mbarrier.arrive(step_out.index(stage), count=1)
-            multiplied = (weight * LIFT).to(DTYPE)
-            if partial:
-                rounding += lane_sums(multiplied.to(gl.float32), HALF, KEYS) * (1.0 / LIFT) - added
-            operand = gl.convert_layout(multiplied, WEIGHT)
+            operand = gl.convert_layout((weight * LIFT).to(DTYPE), WEIGHT)
             step += 1
 
         # The last values of this tile and the first keys of the next one.
         mbarrier.wait(index_in.index(slot), (turn >> 1) & 1)
         index = gl.max(index_buffer.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
         mbarrier.arrive(index_out.index(slot), count=1)
-        # What the next tile sees is fetched while this one is finished.
-        next_tile, next_row = place(gl.minimum(index, total_tiles - 1), shape)
-        first, count, inner_start, inner_end, start, end = visibility(
-            next_tile, next_row, shape, table, bounds, half, HALF, KEYS, ROW
-        )
         turn += 1
         other = 2 * (turn & 1) + half
         mbarrier.wait(queries_in.index(other), (turn >> 1) & 1, pred=index < total_tiles)
@@ -315,6 +329,11 @@ def consumer(
             key_buffer.index(stage).reshape([KEYS, SIZE]).permute((1, 0)),
             no_score, use_acc=False, is_async=True,
         )  # fmt: skip
+        # What the next tile sees is fetched while this one is finished.
+        next_tile, next_row = place(gl.minimum(index, total_tiles - 1), shape)
+        first, count, inner_start, inner_end, start, end = visibility(
+            next_tile, next_row, shape, table, bounds, half, HALF, KEYS, ROW
+        )
         out = warpgroup_mma_wait(1, deps=[out])
         rounding = gl.convert_layout(gl.sum(rounding, 1), ROW)
         total = gl.convert_layout(gl.sum(total, 1), ROW)
@@ -331,16 +350,16 @@ def consumer(
             shrink = gl.exp2(-level * _LOG2_E)
             total = total * shrink + gl.exp2((sink - level) * _LOG2_E)
             rounding = rounding * shrink
-        seen = total >= _TINY
-        rounded = total + rounding
-        heavy = rounded >= _TINY
-        rounded = gl.where(heavy, rounded, 1.0)
-        normalise = gl.where(heavy, gl.exp2(-level * _LOG2_E) / rounded, 0.0) * (1.0 / LIFT)
-        total = gl.where(seen, total, 1.0)
+        exact_total = total - rounding
+        seen = exact_total >= _TINY
+        exact_total = gl.where(seen, exact_total, 1.0)
+        heavy = total >= _TINY
+        total = gl.where(heavy, total, 1.0)
+        normalise = gl.where(heavy, gl.exp2(-level * _LOG2_E) / total, 0.0) * (1.0 / LIFT)
         out = out * gl.convert_layout(normalise, gl.SliceLayout(1, OUT))[:, None]
         gl.store(
             log_normalizer + row.to(gl.int64) * num_queries + query,
-            gl.where(seen, gl.log2(total) * _LN_2 + level, float("-inf")),
+            gl.where(seen, gl.log2(exact_total) * _LN_2 + level, float("-inf")),
             mask=query < num_queries,
         )
         staging = query_buffer.index(2 * slot + half)

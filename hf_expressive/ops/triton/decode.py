@@ -8,6 +8,8 @@ and a static cache costs no more than what it holds.
 
 from __future__ import annotations
 
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,8 +32,8 @@ from .tiles import (
 )
 
 _MAX_SPLITS = 128
-# Of the multiprocessors at work, from which on a second kernel that adds up splits does not pay.
-_FULL = 0.9
+# Share of the multiprocessors at work in the last round that is not worth more splits.
+_BUSY = 0.94
 
 
 @triton.jit
@@ -175,23 +177,25 @@ def combine_kernel(
     tl.store(log_normalizer + row, log_total)
 
 
-def num_splits(call: Call, block_n: int) -> int:
-    """Splits a head: one if the heads fill the device, else enough programs to fill it twice.
+@cache
+def num_splits(rows: int, most: int, processors: int) -> int:
+    """The fewest splits with which the last round of programs, one a processor, is nearly full.
 
-    At least two tiles of keys each.
+    Args:
+        rows: key/value heads of all sequences. most: splits allowed.
     """
-    processors, rows = num_processors(call.problem), call.batch * call.key_heads
-    if rows >= _FULL * processors:
-        return 1
-    wanted = ceil_div(2 * processors, rows)
-    return max(1, min(wanted, ceil_div(call.num_keys, 2 * block_n), _MAX_SPLITS))
+    programs = [rows * splits for splits in range(1, most + 1)]
+    busy = [count / (ceil_div(count, processors) * processors) for count in programs]
+    return 1 + next((i for i, share in enumerate(busy) if share >= _BUSY), busy.index(max(busy)))
 
 
 def decode(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """`ops.triton.forward` for few queries."""
     call = Call(problem, steady=False)
     shape = call.tile_shape("decode")
-    splits = num_splits(call, shape.block_n)
+    # At least two tiles of keys each.
+    most = min(ceil_div(call.num_keys, 2 * shape.block_n), _MAX_SPLITS)
+    splits = num_splits(call.batch * call.key_heads, most, num_processors(problem))
     out, log_normalizer = call.outputs()
     sums = totals = tops = None
     if splits > 1:

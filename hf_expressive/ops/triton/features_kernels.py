@@ -14,7 +14,7 @@ from .launch import COMPILED, ceil_div, power_of_two
 from .tiles import row_place
 
 # Positions and frequencies of a tile; exact products of float32 and wide heads fill registers.
-_TILE, _SMALL_TILE = (64, 32), (32, 16)
+_TILE, _SMALL_TILE = (64, 64), (32, 16)
 #: Positions that are made again together; tiles divide it.
 SPAN = 64
 _RUN = 16  # tiles of positions whose contributions to dW one program adds

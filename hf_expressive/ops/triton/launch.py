@@ -64,7 +64,7 @@ _PLAIN = {
     ("backward_bias", 128): TileShape(64, 64, 4, 2),
     ("backward_bias", 256): TileShape(64, 32, 4, 1),
     ("decode", 64): TileShape(16, 128, 4, 3),
-    ("decode", 128): TileShape(16, 64, 4, 3),
+    ("decode", 128): TileShape(16, 128, 4, 3),
     ("decode", 256): TileShape(16, 32, 4, 3),
 }
 # What beats them where rows carry a running maximum of an additive log-weight.

@@ -51,8 +51,9 @@ def scaled_rows(
         exponent = tl.load(exponents + head)
     size = tl.abs(rows)
     largest = tl.max(size, 1)
-    largest = tl.where(largest == 0.0, 1.0, largest)
-    ratio = size / largest[:, None]
+    # The inverse of a smaller one would overflow; its square is 0 anyway.
+    largest = tl.where(largest < 1e-37, 1.0, largest)
+    ratio = size * (1.0 / largest)[:, None]
     logarithm = tl.where(ratio == 0.0, 0.0, tl.log2(tl.where(ratio == 0.0, 1.0, ratio)))
     power = tl.where(ratio == 0.0, 0.0, tl.exp2(exponent * logarithm))
     return position, inside, rows, largest, logarithm, power, exponent
