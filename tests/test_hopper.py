@@ -221,9 +221,15 @@ def test_what_is_not_covered_is_refused_by_name(change: dict[str, Any]) -> None:
         choose(problem, "hopper")
 
 
-def test_auto_leaves_them_to_those_who_ask() -> None:
-    problem = problem_of("causal", 64)
-    assert choose(problem, "auto") == ("triton" if GPU else "blockwise")
+def test_auto_takes_them_for_large_problems() -> None:
+    few = problem_of("causal", 64)
+    query = few.query[:, :, :1].expand(-1, -1, 128 * 200, -1)
+    many = dataclasses.replace(few, query=query, ranges=None)
+    assert hopper.is_large(many)
+    assert choose(few, "auto") == ("triton" if GPU else "blockwise")
+    assert choose(many, "auto") == ("hopper" if HOPPER else "triton" if GPU else "blockwise")
+    capped = dataclasses.replace(many, softcap=30.0)
+    assert choose(capped, "auto") == ("triton" if GPU else "blockwise")
 
 
 @pytest.mark.skipif(HOPPER, reason="this machine has a Hopper GPU")

@@ -6,8 +6,9 @@
 * `"blockwise"`: plain torch in tiles, O(N) memory; every device.
 * `"triton"`: fused kernels; CUDA (or Triton's interpreter). Raises where a problem is not covered.
 * `"hopper"`: kernels for GPUs of compute capability 9.0 and the commonest cases; raises otherwise.
-* `"auto"`: for CUDA tensors the first of `"hopper"` and `"triton"` that covers the call, `"blockwise"`
-  for everything else; `"reference"` while a model is exported to ONNX, which has no operator of ours.
+* `"auto"`: for CUDA tensors the first of `"hopper"`, if there is work for every multiprocessor, and
+  `"triton"` that covers the call; `"blockwise"` for everything else; `"reference"` while a model is
+  exported to ONNX, which has no operator of ours.
 
 An implementation asked for by name runs or raises; it is never replaced by another.
 """
@@ -216,8 +217,11 @@ def choose(problem: AttentionProblem, impl: str, *, return_weights: bool = False
     if impl == "auto":
         if torch.onnx.is_in_onnx_export():
             return "reference"
-        fused = problem.query.device.type == "cuda" and triton.unsupported(problem) is None
-        return "triton" if fused else "blockwise"
+        if not problem.query.is_cuda:
+            return "blockwise"
+        if hopper.unsupported(problem) is None and hopper.is_large(problem):
+            return "hopper"
+        return "triton" if triton.unsupported(problem) is None else "blockwise"
     if impl in _KERNELS and (reason := _KERNELS[impl].unsupported(problem)) is not None:
         raise NotImplementedError(f"impl={impl!r} does not cover this call: {reason}")
     return impl

@@ -49,6 +49,15 @@ def unsupported(problem: AttentionProblem) -> str | None:
     return portable.unsupported(problem)
 
 
+def is_large(problem: AttentionProblem) -> bool:
+    """Whether there is a tile for every multiprocessor; else a call is over before it pays to plan it."""
+    from ..triton.launch import num_processors
+    from .plan import ROWS
+
+    batch, heads, num_queries, _ = problem.query.shape
+    return batch * heads * -(-num_queries // ROWS) >= num_processors(problem)
+
+
 @cache
 def has_gluon() -> bool:
     """Whether the installed Triton brings Gluon for Hopper."""
