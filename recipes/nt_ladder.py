@@ -46,8 +46,6 @@ from tqdm import tqdm
 
 #: Number of sequences from which on some are set aside.
 _ENOUGH = 4096
-#: Options that change no result.
-_FREE = ("compile", "share")
 _ARCHITECTURES = {"absolute": "gpt2", "rotary": "llama"}
 
 
@@ -85,9 +83,6 @@ class LadderOptions:
     )
     validation_size: int = option(512, "sequences to measure on, of every delay")
     evaluate_every: int = option(250, "steps between two measurements")
-    compile: bool = option(
-        False, "torch.compile the stacked models; on a GPU twice as fast or more"
-    )
     share: str = option(
         "1/1",
         "train the second of three shares of the groups: 2/3; for several processes on one GPU, each "
@@ -255,16 +250,6 @@ def train_group(group: Group, options: LadderOptions, device: torch.device) -> d
         """Of the next symbols; those beyond the basis are not among them."""
         return stacked(ids)[:, :, :-1].masked_fill(forbidden[:, None, None], -torch.inf)
 
-    def loss(ids: Tensor, wanted: Tensor) -> Tensor:
-        """The sum over replicas of their mean losses."""
-        losses = cross_entropy(
-            logits(ids).flatten(0, 2), ids[..., 1:].flatten(), reduction="none"
-        ).view(wanted[..., 1:].shape)
-        wanted = wanted[..., 1:]
-        return (torch.where(wanted, losses, 0).sum((1, 2)) / wanted.sum((1, 2))).sum()
-
-    learn = torch.compile(loss) if options.compile else loss
-
     count = options.validation_size * (len(options.delays) if multi else 1)
     validation, determined = held_out.draw(count, validation=True)
 
@@ -298,7 +283,12 @@ def train_group(group: Group, options: LadderOptions, device: torch.device) -> d
     curve = []
     bar = tqdm(total=options.steps, desc=group.file_name.removesuffix(".json"), unit="step")
     for step, (ids, wanted) in zip(range(1, options.steps + 1), batches(), strict=False):
-        learn(ids, wanted).backward()
+        losses = cross_entropy(
+            logits(ids).flatten(0, 2), ids[..., 1:].flatten(), reduction="none"
+        ).view(wanted[..., 1:].shape)
+        wanted = wanted[..., 1:]
+        mean = torch.where(wanted, losses, 0).sum((1, 2)) / wanted.sum((1, 2))
+        mean.sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         bar.update()
@@ -439,7 +429,7 @@ def main() -> None:
         )
     ]
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True)
-    settings = {key: value for key, value in asdict(options).items() if key not in _FREE}
+    settings = {key: value for key, value in asdict(options).items() if key != "share"}
     written = folder / "options.json"
     if output.overwrite and accelerator.is_main_process:
         for old in (folder / "groups").glob("*.json"):

@@ -82,9 +82,10 @@ def plot_conversion(record: Record, path: Path) -> None:
             found = [spread(runs, metric["key"], stage) for stage in stages]
             places = [start + i + shift for i in range(len(stages))]
             means = [value.mean for value in found]
+            # Rounding may put the mean of equal values beyond them.
             reach = [
-                [value.mean - value.low for value in found],
-                [value.high - value.mean for value in found],
+                [max(value.mean - value.low, 0.0) for value in found],
+                [max(value.high - value.mean, 0.0) for value in found],
             ]
             left.errorbar(
                 places,
