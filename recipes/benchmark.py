@@ -586,26 +586,28 @@ def plot(results: dict[str, Any], path: Path) -> None:
     rows = [r for r in rows if r["heads"] // r["key_heads"] == heads]
     kinds = list(dict.fromkeys(r["pass"] for r in rows))
     names = list(dict.fromkeys(r["name"] for r in rows))
-    figure, axes = pyplot.subplots(1, len(kinds), figsize=(5.5 * len(kinds), 4.2), squeeze=False)
+    size = (5.5 * len(kinds) + 2.5, 4.2)
+    figure, axes = pyplot.subplots(1, len(kinds), figsize=size, squeeze=False, layout="constrained")
     for axis, kind in zip(axes[0], kinds, strict=True):
         for name in names:
             line = sorted(
                 (r["keys"], r["tflops"]) for r in rows if (r["name"], r["pass"]) == (name, kind)
             )
-            axis.plot(*zip(*line, strict=True), marker="o", label=name)
+            style = "--" if name.startswith("softmax") else "-"
+            axis.plot(*zip(*line, strict=True), style, marker="o", markersize=4, label=name)
         axis.set_xscale("log", base=2)
         axis.set_ylim(bottom=0)
         axis.set_xlabel("length")
         axis.set_ylabel("TFLOP/s")
         axis.set_title(kind)
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside right center")
     sample = rows[0]
     figure.suptitle(
         f"{results['environment']['device']}, "
         f"{sample['heads']}/{sample['key_heads']} heads of {sample['size']}, causal"
     )
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
 
 
