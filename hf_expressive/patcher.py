@@ -241,6 +241,10 @@ def switch(model: PreTrainedModel, name: str) -> None:
         ValueError: some attention of the model kept its old implementation.
     """
     model.set_attn_implementation(name)
+    for found in attention_modules(model):
+        # Transformers before 5.23 does not hand the name on to parts that have a copy of the config.
+        if found.owner is not model and implementation(found.owner) != name:
+            found.owner.set_attn_implementation(name)
     kept = [found for found in attention_modules(model) if implementation(found.owner) != name]
     if kept:
         raise ValueError(
