@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.data_loader import DataLoaderStateMixin
 from accelerate.utils import LoggerType
 from arguments import option, require, require_at_least
 from torch import Tensor, nn
@@ -299,8 +300,14 @@ class Loop:
             mininterval=1.0,
             disable=not self.accelerator.is_main_process,
         )
-        with self._bar, _Signals(self.checkpoints is not None) as signals:
-            self._run(batches, signals)
+        try:
+            with self._bar, _Signals(self.checkpoints is not None) as signals:
+                self._run(batches, signals)
+        finally:
+            # A loader that is left with batches to go would go on to count as the one in use, and
+            # what is gathered next would be cut to the size of its last batch.
+            if isinstance(batches, DataLoaderStateMixin):
+                batches.end()
         return self.final
 
     def _run(self, batches: Iterable[Any], signals: _Signals) -> None:

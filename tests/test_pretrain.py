@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -13,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from launching import ONE, RECIPES, SHARDED, TWO, launch, launch_and_interrupt
 from torch._dynamo.backends.debugging import aot_eager
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from hf_expressive import ExpressiveConfig
@@ -277,25 +280,36 @@ def test_what_a_mechanism_learns_does_not_decay() -> None:
     assert len(decayed) + len(kept) == len(names)
 
 
-def test_loss_that_is_no_number_ends_the_run() -> None:
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=True)
+def small_loop(accelerator: Accelerator, factor: float, steps: int) -> Loop:
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loop = Loop(
+    return Loop(
         accelerator,
         model,
         accelerator.prepare(optimizer),
         torch.optim.lr_scheduler.ConstantLR(optimizer),
-        loss=lambda module, batch: module(batch).mean() * torch.nan,
+        loss=lambda module, batch: module(batch).mean() * factor,
         measure=lambda module: {"loss": 0.0},
-        training=TrainingOptions(steps=5),
-        title="broken",
+        training=TrainingOptions(steps=steps),
+        title="small",
         samples=1,
     )
+
+
+def test_loss_that_is_no_number_ends_the_run() -> None:
+    loop = small_loop(Accelerator(cpu=True), torch.nan, steps=5)
     with pytest.raises(FloatingPointError, match="the training loss is nan at step 5"):
         loop.run([torch.ones(1, 1)] * 5)
+
+
+@pytest.mark.parametrize("factor", [1.0, torch.nan])
+def test_what_is_gathered_after_a_run_is_whole(factor: float) -> None:
+    """Also where the run ended at a loader's last batch, which is smaller than the others."""
+    accelerator = Accelerator(cpu=True)
+    batches = accelerator.prepare(DataLoader(torch.ones(10, 1), batch_size=4))
+    with contextlib.suppress(FloatingPointError):
+        small_loop(accelerator, factor, steps=3).run(batches)
+    assert len(accelerator.gather_for_metrics(torch.ones(7))) == 7
 
 
 # ---- command line --------------------------------------------------------------------------------
