@@ -174,6 +174,13 @@ def padded(
     return lambda draw: KeyRanges(*bounds, keys=None if keys is None else keys.to(DEVICE))
 
 
+def share(first: int, second: int, size: int) -> Callable[..., KeyRanges]:
+    """Two runs of the queries of a longer causal sequence, as one of several processes has them."""
+    end = torch.cat([torch.arange(start, start + size) + 1 for start in (first, second)])
+    end = end[None].int().to(DEVICE)
+    return lambda draw: KeyRanges(torch.zeros_like(end), end, None)
+
+
 def seed(draw: Callable[..., Tensor]) -> Tensor:
     return torch.tensor([123456789], device=DEVICE)
 
@@ -235,6 +242,7 @@ CASES = [
     Case("empty sequence", WIDE_GROUP, options={"ranges": padded([0, 9], [45, 9], 37), "response": EXP}),
     Case("packed", (1, 2, 1, 80, 80, 16, 16), options={"ranges": packed([3, 40, 1, 36], causal=False)}),
     Case("packed, causal", (1, 2, 1, 80, 80, 16, 16), options={"ranges": packed([3, 40, 1, 36], causal=True)}),
+    Case("a share of the queries", (1, 4, 2, 40, 160, 16, 16), options={"ranges": share(20, 120, 20)}),
     Case("dropout", WIDE_GROUP, options={"dropout": 0.3, "seed": seed}),
     Case("dropout, softmax", options=CAUSAL | {"dropout": 0.3, "seed": seed, "response": EXP}),
     Case("float16", dtype=HALF, options=CAUSAL),
@@ -281,6 +289,7 @@ LARGE = [
         ("left padding", (2, 4, 2, 600, 600, 64, 64), CAUSAL | {"ranges": padded([0, 0], [600, 600], 600, torch.arange(600) >= torch.tensor([[0], [333]]))}),
         ("steep key bias", (1, 4, 2, 600, 600, 128, 128), CAUSAL | {"response": SQUARE, "key_bias": lambda draw: torch.linspace(0, 1, 600, device=DEVICE) * torch.tensor([[[400.0], [4.0]]], device=DEVICE)}),
         ("packed", (1, 4, 2, 600, 600, 64, 64), {"ranges": packed([3, 300, 1, 296], causal=True)}),
+        ("a share of the queries", (1, 4, 2, 256, 1024, 128, 128), {"ranges": share(128, 768, 128)}),
         ("dropout", (1, 4, 2, 300, 300, 64, 64), CAUSAL | {"dropout": 0.2, "seed": seed}),
         ("decoding", (2, 8, 2, 1, 3000, 128, 128), {}),
         ("decoding for many", (16, 16, 8, 1, 700, 128, 128), {}),
