@@ -6,6 +6,7 @@ Without a GPU the kernels run in Triton's interpreter.
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 import torch
@@ -96,6 +97,52 @@ def test_only_spans_with_new_keys_are_made_again() -> None:
     assert (magnitudes[:, :, :old] == 7.0).all()
     assert torch.equal(features[:, :, old:], fused_features(longer[:, :, old:], frequencies, 0.6))
     assert (magnitudes[:, :, old:] != 7.0).all()
+
+
+def test_what_was_cropped_away_is_not_known_under_other_frequencies() -> None:
+    generator = torch.Generator().manual_seed(0)
+    memory, frequencies, keys = KeyMemory(), samples(generator), draw(1, 200, generator)
+    assert_current(memory, keys, frequencies, 3.0)
+    frequencies = frequencies + 0.1
+    assert_current(memory, keys[:, :, :50], frequencies, 3.0)
+    assert_current(memory, keys, frequencies, 3.0)
+
+
+def test_an_interrupted_step_leaves_nothing_half_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    memory, frequencies, keys = KeyMemory(), samples(generator), draw(1, 30, generator)
+    assert_current(memory, keys[:, :, :29], frequencies, 3.0)
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features_kernels, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            memory.features(keys, frequencies, 3.0, **FACTORS)
+    assert_current(memory, keys, frequencies, 3.0)
+
+
+def test_memory_of_inference_mode_serves_outside_of_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    memory, frequencies, keys = KeyMemory(), samples(generator), draw(1, 90, generator)
+    p = torch.tensor([2.5, 3.0], device=DEVICE)
+    for length, mode in ((30, torch.inference_mode), (31, torch.no_grad), (90, torch.no_grad)):
+        with mode():
+            assert_current(memory, keys[:, :, :length], frequencies, p)
+
+
+def test_a_thread_writes_nothing_that_another_may_be_reading() -> None:
+    generator = torch.Generator().manual_seed(0)
+    memory, frequencies = KeyMemory(), samples(generator)
+    mine, others = draw(1, 30, generator), draw(1, 31, generator)
+    found = memory.features(mine, frequencies, 3.0, **FACTORS)
+    before = [tensor.clone() for tensor in found]
+    thread = threading.Thread(target=assert_current, args=(memory, others, frequencies, 3.0))
+    thread.start()
+    thread.join()
+    assert all(torch.equal(*pair) for pair in zip(found, before, strict=True))
+    assert_current(memory, mine, frequencies, 3.0)
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")

@@ -87,6 +87,16 @@ def test_lengths_beyond_the_square_root_of_the_range() -> None:
     torch.testing.assert_close(found, squared_norm(x.double(), 3.0).float())
 
 
+@pytest.mark.parametrize("kind", ["1", "1.5", "3"])
+def test_gradient_of_an_entry_that_vanishes_beside_another(kind: str) -> None:
+    x = torch.zeros(1, 1, 1, 16, device=DEVICE)
+    x[..., 0], x[..., 1] = 30.0, -1e-44
+    grad = torch.ones(1, 1, 1, device=DEVICE)
+    found = evaluate(x, kind, grad, torch.float32, fused=True)[1]
+    exact = evaluate(x, kind, grad, torch.float64, fused=False)[1]
+    torch.testing.assert_close(found.double(), exact, atol=1e-12, rtol=1e-6)
+
+
 def test_traced_shapes_are_those_of_the_kernels() -> None:
     x = torch.randn(2, 5, 3, 16, device=DEVICE).transpose(1, 2).requires_grad_()
     p = torch.tensor([1.0, 2.0, 3.0], device=DEVICE).requires_grad_()

@@ -73,13 +73,16 @@ class KeyMemory:
 
         samples = frequencies.float()
         samples = samples[None] if samples.dim() == 4 else samples
-        kept = self._on_gpu
+        # Not there while it is worked on: what an interruption leaves half made is not used again.
+        kept, self._on_gpu = self._on_gpu, None
         if kept is None or not kept.fits(key, samples):
             larger = CachedFeatures(key, samples)
             if kept is not None and kept.is_shorter(larger):
                 larger.take_over(kept)
-            self._on_gpu = kept = larger
-        return kept.refresh(key, samples, p, factor, magnitude_factor)
+            kept = larger
+        results = kept.refresh(key, samples, p, factor, magnitude_factor)
+        self._on_gpu = kept
+        return results
 
     def clear(self) -> None:
         self._kept = self._on_gpu = None

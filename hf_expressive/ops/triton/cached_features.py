@@ -10,6 +10,9 @@ It holds a copy of the keys beside the features and magnitudes, with room for a 
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Hashable
+
 import torch
 import triton
 import triton.language as tl
@@ -38,7 +41,10 @@ def compare_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Marks a span whose keys are not those of the copy, and copies them."""
+    """Marks a span whose keys are not those of the copy, and copies them.
+
+    Where there are no keys now, a copy of earlier ones is kept as long as `changed` is 0.
+    """
     flat_head = tl.program_id(0)
     position = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = position < positions
@@ -53,7 +59,8 @@ def compare_kernel(
     if differs != 0:
         size = tl.arange(0, BLOCK_D)
         places = row[:, None] + size[None, :]
-        tl.store(copy + places, now, mask=inside[:, None] & (size < DIM)[None, :])
+        now = tl.where(inside[:, None], now, float("nan")).to(copy.dtype.element_ty)
+        tl.store(copy + places, now, mask=(size < DIM)[None, :])
 
 
 class CachedFeatures:
@@ -76,13 +83,15 @@ class CachedFeatures:
         )
         self.given: tuple[Tensor, Tensor | None] | None = None
         self.numbers: tuple[float, ...] = ()
+        self.caller = _caller(key)
 
     def fits(self, key: Tensor, frequencies: Tensor) -> bool:
-        """Whether there is room for these keys and their features."""
+        """Whether there is room for these keys and their features, and nobody else may be reading."""
         batch, heads, positions, dim = key.shape
         *lead, rows, width = self.copy.shape
         return (
-            [batch, heads, dim] == [*lead, width]
+            self.caller == _caller(key)
+            and [batch, heads, dim] == [*lead, width]
             and positions <= rows
             and self.features.shape[-1] == 2 * frequencies.shape[-1]
             and (self.copy.dtype, self.copy.device) == (key.dtype, key.device)
@@ -91,7 +100,8 @@ class CachedFeatures:
     def is_shorter(self, other: CachedFeatures) -> bool:
         """Whether another one differs in having room for more positions only."""
         return (
-            self.copy.shape[:2] == other.copy.shape[:2]
+            self.caller == other.caller
+            and self.copy.shape[:2] == other.copy.shape[:2]
             and self.copy.shape[3] == other.copy.shape[3]
             and self.copy.shape[2] < other.copy.shape[2]
             and self.features.shape[3] == other.features.shape[3]
@@ -125,14 +135,14 @@ class CachedFeatures:
             factor: multiplies the keys before their features are made.
 
         Returns:
-            Views (B, K, N, 2M) and (B, K, N), valid until the next call.
+            Views (B, K, N, 2M) and (B, K, N), valid until the caller's next call.
         """
         batch, heads, positions, dim = key.shape
         rows = self.copy.shape[2]
         exponents = p.float() if isinstance(p, Tensor) else None
         plain_p = 0.0 if isinstance(p, Tensor) else float(p)
         changed = self._changed(frequencies, exponents, (plain_p, factor, magnitude_factor))
-        compare_kernel[(batch * heads, ceil_div(positions, SPAN))](
+        compare_kernel[(batch * heads, rows // SPAN)](
             key,
             self.copy,
             changed,
@@ -157,17 +167,22 @@ class CachedFeatures:
         """Whether what the results depend on beside the keys is new, int32 on the device."""
         before, self.numbers = self.numbers, numbers
         given = self.given
+        # New tensors: those of inference mode must not be written outside of it.
+        self.given = frequencies.clone(), None if exponents is None else exponents.clone()
         if (
             given is None
             or before != numbers
             or given[0].shape != frequencies.shape
             or (given[1] is None) != (exponents is None)
         ):
-            self.given = frequencies.clone(), None if exponents is None else exponents.clone()
             return torch.ones((), dtype=torch.int32, device=frequencies.device)
         changed = (frequencies != given[0]).any()
-        given[0].copy_(frequencies)
         if exponents is not None and given[1] is not None:
             changed = changed | (exponents != given[1]).any()
-            given[1].copy_(exponents)
         return changed.int()
+
+
+def _caller(key: Tensor) -> Hashable:
+    """Whose calls come one after the other: the thread and its stream of work for the GPU."""
+    stream = torch.cuda.current_stream(key.device) if key.is_cuda else None
+    return threading.get_ident(), stream

@@ -39,7 +39,7 @@ def scaled_rows(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Positions, whether they exist, x, a, log₂ t (0 where t is), t^p (likewise), and p."""
+    """Positions, whether they exist, x, a, log₂ t (−150 where t is 0), t^p (0 there), and p."""
     flat_head = tl.program_id(0)
     head = flat_head % heads
     position = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -54,7 +54,8 @@ def scaled_rows(
     # The inverse of a smaller one would overflow; its square is 0 anyway.
     largest = tl.where(largest < 1e-37, 1.0, largest)
     ratio = size * (1.0 / largest)[:, None]
-    logarithm = tl.where(ratio == 0.0, 0.0, tl.log2(tl.where(ratio == 0.0, 1.0, ratio)))
+    # t may be 0 though x is not; 2^-150 is below every float32.
+    logarithm = tl.where(ratio == 0.0, -150.0, tl.log2(tl.where(ratio == 0.0, 1.0, ratio)))
     power = tl.where(ratio == 0.0, 0.0, tl.exp2(exponent * logarithm))
     return position, inside, rows, largest, logarithm, power, exponent
 
