@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ import torch
 from test_triton import DEVICE, GPU, Case, differentiable, plain
 from tolerances import assert_within_budget
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from hf_expressive.ops import hopper, reference
+from hf_expressive.ops import expressive_attention, hopper, reference
 from hf_expressive.ops.functional import choose
 from hf_expressive.ops.hopper.plan import ROWS, plan
 from hf_expressive.ops.problem import AttentionProblem, KeyRanges
@@ -230,6 +233,59 @@ def test_auto_takes_them_for_large_problems() -> None:
     assert choose(many, "auto") == ("hopper" if HOPPER else "triton" if GPU else "blockwise")
     capped = dataclasses.replace(many, softcap=30.0)
     assert choose(capped, "auto") == ("triton" if GPU else "blockwise")
+
+
+class _Attention(torch.nn.Module):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return expressive_attention(query, key, value, is_causal=True)
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Tensor, ...]]:
+    """Query, key and value without memory on a Hopper GPU that need not exist."""
+    monkeypatch.setattr(hopper, "_capability", lambda device: (9, 0))
+    torch.compiler.reset()
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+        yield tuple(
+            torch.empty(4, 16, 4096, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3)
+        )
+
+
+def taken(graph: torch.fx.Graph) -> list[Any]:
+    return [node.args[-1] for node in graph.nodes if "attention_forward" in str(node.target)]
+
+
+def test_auto_compiles_into_one_graph_without_a_warning(pretended: tuple[Tensor, ...]) -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph.graph)
+        return graph.forward
+
+    torch.compile(_Attention(), fullgraph=True, backend=backend)(*pretended)
+    assert [taken(graph) for graph in graphs] == [["hopper"]]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_is_for_any_gpu_and_length(
+    pretended: tuple[Tensor, ...], strict: bool
+) -> None:
+    length = torch.export.Dim("length", min=2, max=8192)
+    shapes = ({2: length},) * 3
+    program = torch.export.export(_Attention(), pretended, dynamic_shapes=shapes, strict=strict)
+    assert taken(program.graph) == ["triton"]
+
+
+def test_gpus_of_another_make_are_refused(
+    pretended: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, key, value = pretended
+    problem = AttentionProblem(
+        query=query, key=key, value=value, response=Response("hill"), scale=1.0
+    )
+    assert hopper.unsupported(problem) is None
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "NVIDIA" in str(hopper.unsupported(problem))
 
 
 @pytest.mark.skipif(HOPPER, reason="this machine has a Hopper GPU")

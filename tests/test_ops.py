@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from hf_expressive.ops import KeyRanges, blockwise, expressive_attention, functional, library
 from hf_expressive.ops.dropout import keep_mask
 from hf_expressive.ops.functional import attend
+from hf_expressive.ops.operator import operator
 from hf_expressive.ops.response import Response
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -375,6 +377,22 @@ def test_second_derivative_is_refused() -> None:
     (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="autograd formula"):
         gradient.sum().backward()
+
+
+def test_forward_derivative_is_refused() -> None:
+    """An operator without that derivative would give zero."""
+    query, key, value = operands(SIZE)
+
+    def derivative(impl: Any) -> Tensor:
+        def function(query: Tensor) -> Tensor:
+            return expressive_attention(query, key, value, impl=impl)
+
+        _, result = torch.func.jvp(function, (query.detach(),), (query.detach(),))
+        return result
+
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        derivative("blockwise")
+    assert derivative("reference").abs().sum() > 0
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -775,6 +793,49 @@ def test_compile(dynamic: bool) -> None:
         expected = value_and_gradients(function, tensors, options)
         for one, other in zip(actual, expected, strict=True):
             torch.testing.assert_close(one, other)
+
+
+def test_an_operator_may_be_defined_anew() -> None:
+    """As a second import of the package does."""
+
+    def times(factor: float) -> Any:
+        def compute(x: Tensor) -> Tensor:
+            return x * factor
+
+        def fake(x: Tensor) -> Tensor:
+            return torch.empty_like(x)
+
+        return operator("times", compute, fake)
+
+    one = torch.ones(1)
+    for factor in (2.0, 3.0):
+        defined = times(factor)
+        torch.testing.assert_close(defined(one), factor * one)
+        assert defined(one.to("meta")).is_meta
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_compile_leaves_the_inside_of_operators_alone(mode: Any) -> None:
+    """Also where they are called from a frame that could not be compiled."""
+    graphs, given = [], operands(SIZE)
+
+    def operator() -> Tensor:
+        with contextlib.suppress(ValueError):
+            torch._dynamo.graph_break()  # in a block of its own nothing after it is compiled
+            return library._forward(
+                *given, *([None] * 9), "hill", 1.0, 0.0, 0.25, True, -1, 0.0, 0.0, "blockwise"
+            )[0]
+        raise AssertionError
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    with mode():
+        found = torch.compile(operator, backend=backend)()
+        torch.testing.assert_close(found, operator())
+    assert not graphs
 
 
 # ---- memory ---------------------------------------------------------------------------------------

@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._library.custom_ops import get_library_allowing_overwrite
+from torch.autograd import forward_ad
 
 #: Of the operators' names. A copy of these files in a kernel repository has another, so that both can be
 #: loaded in one process.
 _NAMESPACE = __name__.partition(".")[0]
-_LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 
 def operator(
@@ -38,12 +39,16 @@ def operator(
     Returns:
         The operator, called like `compute`.
     """
+    # Also where this file is imported for the second time, as a notebook may do.
+    library = get_library_allowing_overwrite(_NAMESPACE, name)
     schema = torch.library.infer_schema(compute, mutates_args=())
-    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # Called from a frame that `torch.compile` gave up on, they would be compiled piece by piece.
+    library.impl(name, torch.compiler.disable(compute), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=library)
     overload = getattr(getattr(torch.ops, _NAMESPACE), name).default
-    _LIBRARY.impl(name, _autograd(name, overload, save, gradients), "Autograd", with_keyset=True)
+    differentiable = torch.compiler.disable(_autograd(name, overload, save, gradients))
+    library.impl(name, differentiable, "Autograd", with_keyset=True)
     return overload
 
 
@@ -73,8 +78,16 @@ def _autograd(name: str, overload: Any, save: Any, gradients: Any) -> Callable[.
     function: Any = type(name, (torch.autograd.Function,), methods)
 
     def call(keyset: Any, *inputs: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
+            raise NotImplementedError(
+                f'{name} has no forward-mode derivative; use impl="reference" for it.'
+            )
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
             return function.apply(*inputs, keyset)
         return below(keyset, inputs)
 
     return call
+
+
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None

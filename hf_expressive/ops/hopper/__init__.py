@@ -25,11 +25,8 @@ def unsupported(problem: AttentionProblem) -> str | None:
     query, value, response = problem.query, problem.value, problem.response
     if not query.is_cuda:
         return f"the Hopper kernels run on a GPU, the tensors are on {query.device}."
-    if not has_gluon():
-        return "the Hopper kernels need Triton 3.6 or newer; `pip install -U triton`."
-    if _capability(query.device) != (9, 0):
-        major, minor = _capability(query.device)
-        return f"the Hopper kernels need compute capability 9.0, this GPU has {major}.{minor}."
+    if (reason := _unsuitable(query.device)) is not None:
+        return reason
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"the Hopper kernels take bfloat16 or float16 tensors, got {query.dtype}."
     if query.shape[-1] not in _HEAD_SIZES or value.shape[-1] != query.shape[-1]:
@@ -50,12 +47,25 @@ def unsupported(problem: AttentionProblem) -> str | None:
 
 
 def is_large(problem: AttentionProblem) -> bool:
-    """Whether there is a tile for every multiprocessor; else a call is over before it pays to plan it."""
+    """Whether every multiprocessor gets a tile; else a call is over before it pays to plan it."""
     from ..triton.launch import num_processors
     from .plan import ROWS
 
     batch, heads, num_queries, _ = problem.query.shape
     return batch * heads * -(-num_queries // ROWS) >= num_processors(problem)
+
+
+@torch.compiler.assume_constant_result
+def _unsuitable(device: torch.device) -> str | None:
+    """One sentence why a GPU or the installed Triton cannot run these kernels, or `None`."""
+    if torch.version.hip is not None:  # some of these GPUs, too, call themselves 9.0
+        return "the Hopper kernels are for NVIDIA GPUs."
+    if not has_gluon():
+        return "the Hopper kernels need Triton 3.6 or newer; `pip install -U triton`."
+    if (capability := _capability(device)) != (9, 0):
+        major, minor = capability
+        return f"the Hopper kernels need compute capability 9.0, this GPU has {major}.{minor}."
+    return None
 
 
 @cache

@@ -105,9 +105,12 @@ def _properties(device: torch.device) -> Any:
 
 def num_processors(problem: AttentionProblem) -> int:
     """Multiprocessors of the device of a problem; a few for the interpreter."""
-    if not COMPILED:
-        return 3
-    return int(_properties(problem.query.device).multi_processor_count)
+    return _num_processors(problem.query.device)
+
+
+@torch.compiler.assume_constant_result
+def _num_processors(device: torch.device) -> int:
+    return int(_properties(device).multi_processor_count) if COMPILED else 3
 
 
 def ceil_div(number: int, unit: int) -> int:
