@@ -1,12 +1,13 @@
 """Implicit kernel attention in an attention module: densities, magnitudes, conditioning, the call.
 
 Cost beside softmax attention: the features. A cache stores keys, not features; the features of cached
-keys are remembered from one decoding step to the next (see `key_memory`). Under `torch.compile` and in
-CUDA graphs they are computed again. Measured on one CPU core with 2048 cached keys, 8 heads of size 64
-and M = 64, in processor time: a decoding step 6 to 8 ms (17 to 22 without remembering), against 2 to
-4 ms for the RBF kernel and 0.6 ms for torch's softmax attention; a causal pass over 2048 tokens 200 to
-270 ms, against 130 to 170 and 70 ms. On an H200 with 32768 keys, batch 16, 32 query and 8 key/value
-heads of size 128: a step 1.1 ms (2.6 without remembering), against 0.47 ms for softmax attention.
+keys are remembered from one decoding step to the next (see `key_memory`), in memory for d + 2M numbers
+a key, on GPUs a quarter more, beside the cache's 2d. Under `torch.compile` and in CUDA graphs they are
+computed again. Measured on one CPU core with 2048 cached keys, 8 heads of size 64 and M = 64, in
+processor time: a decoding step 6 to 8 ms (17 to 22 without remembering), against 2 to 4 ms for the RBF
+kernel and 0.6 ms for torch's softmax attention; a causal pass over 2048 tokens 200 to 270 ms, against
+130 to 170 and 70 ms. On an H200 with 32768 keys, batch 16, 32 query and 8 key/value heads of size 128:
+a step 1.1 ms (2.6 without remembering), against 0.47 ms for softmax attention.
 
 Weight decay pulls frequencies, noise and exponents towards 0, which is the constant kernel (p = 2 for
 exponents), not a neutral choice. `Trainer` decays them like any weight unless they are taken out:
