@@ -1,0 +1,258 @@
+"""From an `AttentionProblem` and the gradient of its output to a launch of the backward kernel.
+
+Three small kernels stand around it: one works out which queries see each tile of keys, one prepares
+δ and, in bfloat16, rows of dout divided by the normaliser, one turns the float32 sum for dq into the
+gradient in the dtype of the query.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..problem import AttentionProblem
+from ..triton.launch import (
+    addressable,
+    ceil_div,
+    contiguous_float,
+    element_strides,
+    key_runs,
+    num_processors,
+)
+from .plan import FIELDS, ROWS, Plan, plan
+from .tiled_backward import backward_kernel
+
+#: Keys of a tile of `backward_kernel`.
+KEYS = 128
+# Queries, gradients and float32 sums of the heads that programs work on at a time should stay in the
+# L2 cache, of which an H200 has 50 MiB.
+_BAND_BYTES = 32 * 2**20
+# The largest row that `prepare_kernel` divides by a tiny sum must stay below the largest bfloat16.
+_LARGEST_LOGARITHM = 87.0
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+
+
+@triton.jit(do_not_specialize=["num_tiles", "num_keys"])
+def span_kernel(
+    tiles, keys, spans, tiles_batch, keys_batch, num_tiles, num_keys,
+    KEYS: tl.constexpr, FIELDS: tl.constexpr,
+):  # fmt: skip
+    """The plan seen from the keys: (first tile of queries that sees some of the keys of a tile, one
+    past the last, how many do, whether a key is hidden from all); [0, 1) and 0 where none does."""
+    start = tl.program_id(0) * KEYS
+    pattern = tl.program_id(1)
+    tiles += pattern * tiles_batch
+    first = num_tiles
+    last = 0
+    count = 0
+    for chunk in range(0, num_tiles, 128):
+        tile = chunk + tl.arange(0, 128)
+        known = tile < num_tiles
+        low = tl.load(tiles + tile * FIELDS, mask=known, other=0)
+        high = tl.load(tiles + tile * FIELDS + 1, mask=known, other=0)
+        touched = (low < start + KEYS) & (high > start) & known
+        first = tl.minimum(first, tl.min(tl.where(touched, tile, num_tiles), 0))
+        last = tl.maximum(last, tl.max(tl.where(touched, tile + 1, 0), 0))
+        count += tl.sum(touched.to(tl.int32), 0)
+    hole = 0
+    if keys is not None:
+        key = start + tl.arange(0, KEYS)
+        shown = tl.load(
+            keys + pattern.to(tl.int64) * keys_batch + key, mask=key < num_keys, other=1
+        )
+        hole = tl.sum((shown == 0).to(tl.int32), 0)
+    entry = spans + (pattern * tl.num_programs(0) + tl.program_id(0)) * 4
+    tl.store(entry, tl.where(count > 0, first, 0))
+    tl.store(entry + 1, tl.where(count > 0, last, 1))
+    tl.store(entry + 2, count)
+    tl.store(entry + 3, hole)
+
+
+@triton.jit(do_not_specialize=["heads", "num_queries"])
+def prepare_kernel(
+    out, grad_out, log_normalizer, delta, level, scaled, turns,
+    heads, num_queries, grad_batch, grad_head, grad_query, grad_size, limit,
+    SIZE: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """δ and e = exp(−log_normalizer) of a tile of queries; with `scaled` dout and δ times e instead.
+
+    Sets the counter of the tile to 0.
+    """
+    row = tl.program_id(0)
+    batch = row // heads
+    head = row % heads
+    query = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
+    size = tl.arange(0, SIZE)
+    known = query < num_queries
+    inside = known[:, None] & (size >= 0)[None, :]
+    place = batch.to(tl.int64) * grad_batch + head.to(tl.int64) * grad_head
+    place = place + query[:, None].to(tl.int64) * grad_query + size[None, :] * grad_size
+    gradient = tl.load(grad_out + place, mask=inside, other=0.0).to(tl.float32)
+    start = row.to(tl.int64) * num_queries
+    place = (start + query)[:, None] * SIZE + size[None, :]
+    value = tl.load(out + place, mask=inside, other=0.0).to(tl.float32)
+    product = tl.sum(gradient * value, 1)
+    total = tl.load(log_normalizer + start + query, mask=known, other=float("-inf"))
+    inverse = tl.exp2(tl.minimum(-total, limit) * 1.4426950408889634)
+    inverse = tl.where(total == float("-inf"), 0.0, inverse)
+    padded = row.to(tl.int64) * (tl.num_programs(1) * QUERIES) + query
+    if scaled is not None:
+        product = product * inverse
+        tl.store(
+            scaled + place, (gradient * inverse[:, None]).to(scaled.dtype.element_ty), mask=inside
+        )
+    else:
+        tl.store(level + padded, inverse)
+    tl.store(delta + padded, product)
+    tl.store(turns + row * tl.num_programs(1) + tl.program_id(1), 0)
+
+
+@triton.jit(do_not_specialize=["heads", "num_queries", "patterns"])
+def finish_kernel(
+    sums, tiles, grad_query, final, heads, num_queries, patterns,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """dq of a tile of queries: its float32 sum times a constant, 0 where it sees no key."""
+    row = tl.program_id(0)
+    pattern = tl.minimum(row // heads, patterns - 1)
+    entry = tiles + (pattern * tl.num_programs(1) + tl.program_id(1)) * FIELDS
+    seen = tl.load(entry + 1) > tl.load(entry) // KEYS * KEYS
+    query = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    size = tl.arange(0, SIZE)
+    place = (row.to(tl.int64) * num_queries + query)[:, None] * SIZE + size[None, :]
+    inside = (query < num_queries)[:, None] & (size >= 0)[None, :]
+    total = tl.load(sums + place, mask=inside, other=0.0) * final
+    total = tl.where(seen, total, 0.0)
+    tl.store(grad_query + place, total.to(grad_query.dtype.element_ty), mask=inside)
+
+
+def gradients(
+    problem: AttentionProblem, out: Tensor, log_normalizer: Tensor, grad_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, in their shapes; arguments as of `ops.triton.backward`."""
+    query, key, value, ranges = problem.query, problem.key, problem.value, problem.ranges
+    batch, heads, num_queries, size = query.shape
+    key_heads, num_keys = key.shape[1:3]
+    tables = plan(problem)
+    # 64 queries a step, or twice as many where they are half as wide.
+    subs = 128 // size
+    rows = 64 * subs
+    parts = ROWS // rows
+    scaled = query.dtype == torch.bfloat16
+    power = int(problem.response.power)
+    # As in the forward kernel; gradients without the scale would sink below the range of float16.
+    folded = scaled and problem.gain is None and 1e-4 <= abs(problem.scale) <= 1e4
+    inverse, final = 1.0, 2.0 * power
+    if folded:
+        inverse = problem.scale ** (-2 * power)
+        final *= inverse
+    elif problem.gain is None:
+        final *= problem.scale
+    keys = runs = None
+    if ranges is not None and ranges.keys is not None:
+        keys = ranges.keys.contiguous().view(torch.uint8)
+        runs = key_runs(keys)
+    key_tiles = ceil_div(num_keys, KEYS)
+    spans = _spans(tables, keys, num_keys, key_tiles)
+
+    new = query.new_empty
+    width = tables.count * ROWS
+    delta = new(batch * heads, width, dtype=torch.float32)
+    level = delta if scaled else torch.empty_like(delta)
+    rows_of_grad = torch.empty_like(out) if scaled else grad_out
+    turns = new(batch * heads, tables.count * parts, dtype=torch.int32)
+    prepare_kernel[(batch * heads, tables.count * parts)](
+        out, grad_out, log_normalizer.contiguous(), delta, level,
+        rows_of_grad if scaled else None, turns,
+        heads, num_queries, *grad_out.stride(), _LARGEST_LOGARITHM,
+        SIZE=size, QUERIES=rows,
+    )  # fmt: skip
+    sums = new(batch, heads, num_queries, size, dtype=torch.float32)
+    grad_key = new(batch, key_heads, num_keys, size)
+    grad_value = new(batch, key_heads, num_keys, size)
+    row_bytes = size * (2 * query.element_size() + 4)
+    band = max(1, _BAND_BYTES // (problem.group * num_queries * row_bytes))
+    starts, ends = (tables.rows[0], tables.rows[1]) if ranges is not None else (None, None)
+    everything = num_queries + num_keys
+    window = everything if problem.sliding_window is None else problem.sliding_window
+    terms = _row_terms(delta)
+    backward_kernel[(min(num_processors(problem), key_tiles * batch * key_heads),)](
+        _tiles(query, 64),
+        _tiles(key, KEYS // 2),
+        _tiles(value, KEYS // 2),
+        _tiles(rows_of_grad, 64),
+        terms,
+        terms if scaled else _row_terms(level),
+        _tiles(sums, 64, 64),
+        _tiles(grad_key, KEYS // 2),
+        _tiles(grad_value, KEYS // 2),
+        spans,
+        tables.tiles,
+        tables.counter,
+        turns,
+        contiguous_float(problem.gain),
+        starts,
+        ends,
+        keys,
+        runs,
+        float(problem.scale),
+        inverse,
+        final,
+        *element_strides(keys, 1),
+        1 if runs is None else len(runs),
+        key_tiles,
+        batch * key_heads,
+        band,
+        key_heads,
+        problem.group,
+        tables.patterns,
+        tables.count,
+        len(spans),
+        num_keys - num_queries,
+        window,
+        1 if problem.is_causal else window,
+        num_keys,
+        SUBS=subs,
+        STAGES=3,
+        POWER=power,
+        FOLDED=folded,
+        SCALED=scaled,
+        SINGLE=problem.sinks is None,
+        num_warps=4,
+    )
+    grad_query = torch.empty_like(out)
+    finish_kernel[(batch * heads, tables.count)](
+        sums, tables.tiles, grad_query, final, heads, num_queries, tables.patterns,
+        SIZE=size, ROWS=ROWS, FIELDS=FIELDS, KEYS=KEYS,
+    )  # fmt: skip
+    return grad_query, grad_key, grad_value
+
+
+def _spans(tables: Plan, keys: Tensor | None, num_keys: int, key_tiles: int) -> Tensor:
+    """`span_kernel` for every tile of keys, int32, (B or 1, key tiles, 4)."""
+    patterns = max(tables.patterns, 1 if keys is None else len(keys))
+    spans = tables.tiles.new_empty(patterns, key_tiles, 4)
+    span_kernel[(key_tiles, patterns)](
+        tables.tiles, keys, spans,
+        *element_strides(tables.tiles, 1), *element_strides(keys, 1), tables.count, num_keys,
+        KEYS=KEYS, FIELDS=FIELDS, num_warps=4,
+    )  # fmt: skip
+    return spans
+
+
+def _tiles(tensor: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
+    """Descriptor of tiles of a (B, heads, length, size) tensor, `rows` by the whole size or less."""
+    tensor, strides = addressable(tensor)
+    block = [1, 1, rows, columns or tensor.shape[-1]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[tensor.dtype])
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block, layout)
+
+
+def _row_terms(tensor: Tensor) -> TensorDescriptor:
+    """Descriptor of pieces of the rows of a float32 matrix."""
+    layout = gl.NVMMASharedLayout(0, 32, 2)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 64], layout)
