@@ -1,0 +1,227 @@
+"""The backward kernel for Hopper GPUs: on such a GPU; run by `gluon_machine` and compiled everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from gluon_machine import Deadlock, launcher
+from test_hopper import CASES, HOPPER, needs_hopper, problem_of
+from test_triton import DEVICE, GPU, Case, differentiable, plain
+from tolerances import FACTOR, FLOOR, assert_within_budget, largest_error
+from torch import Tensor
+
+from hf_expressive.ops import hopper, reference, triton
+from hf_expressive.ops.hopper import gradient
+from hf_expressive.ops.problem import AttentionProblem
+
+needs_interpreter = pytest.mark.skipif(GPU, reason="Triton's interpreter runs on the CPU")
+BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
+
+
+def gradients_of(problem: AttentionProblem) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Gradients of query, key and value: found, in float64, and of the plain implementation."""
+    exact, rough = (differentiable(problem, d) for d in (torch.float64, problem.query.dtype))
+    out, log_normalizer, _ = reference.attention(exact)
+    grad_out = torch.randn_like(problem.query)
+    out.backward(grad_out.double())
+    plain(rough).backward(grad_out)
+    if HOPPER:
+        seen = hopper.forward(problem)
+    else:
+        seen = out.detach().to(grad_out.dtype), log_normalizer.detach().float()
+    found = gradient.gradients(problem, *seen, grad_out)
+    names = ("query", "key", "value")
+    wanted = [getattr(exact, name).grad for name in names]
+    return list(found), wanted, [getattr(rough, name).grad for name in names]
+
+
+def check(problem: AttentionProblem) -> None:
+    for name, *gradients in zip(("query", "key", "value"), *gradients_of(problem), strict=True):
+        assert_within_budget(*gradients, name=f"gradient of {name}")
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("name", "size", "dtype", "seed"),
+    [
+        ("causal", 128, BFLOAT16, 1),
+        ("causal", 64, FLOAT16, 2),
+        ("fewer queries than keys", 128, BFLOAT16, 3),
+        ("more queries than keys: empty rows", 64, BFLOAT16, 4),
+        ("window", 64, BFLOAT16, 5),
+        ("power 2, gain", 128, FLOAT16, 6),
+        ("gain", 64, BFLOAT16, 7),
+        ("sinks", 64, BFLOAT16, 8),
+        ("packed, bidirectional, one pattern for both", 64, BFLOAT16, 9),
+        ("rows that see nothing", 128, BFLOAT16, 10),
+        ("hidden keys", 64, BFLOAT16, 11),
+    ],
+)
+@pytest.mark.parametrize("band", [1, 2**30], ids=["bands", "one band"])
+def test_matches_the_reference_in_any_order_of_events(
+    name: str,
+    size: int,
+    dtype: torch.dtype,
+    seed: int,
+    band: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gradient, "backward_kernel", launcher(seed))
+    monkeypatch.setattr(gradient, "_BAND_BYTES", band)
+    check(problem_of(name, size, dtype))
+
+
+@needs_interpreter
+def test_results_do_not_depend_on_the_order_of_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of("causal", 64)
+    monkeypatch.setattr(gradient, "_BAND_BYTES", 1)
+    results = []
+    for seed in range(4):
+        monkeypatch.setattr(gradient, "backward_kernel", launcher(seed))
+        torch.manual_seed(0)
+        results.append(gradients_of(problem)[0])
+    assert all(all(map(torch.equal, result, results[0])) for result in results)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        # dq multiplied before the other consumer has stored its dS
+        ("            mbarrier.wait(slope_in.index(before & 1), (before >> 1) & 1)\n", ""),
+        # a part of dq overwritten before it was read
+        ("                    tma.store_wait(0)\n", ""),
+        # queries released while they are multiplied for dk
+        ("1, deps=[new_scores[0], new_scores[1], key_part]", "3, deps=[1, 1, 1]"),
+        # parts of dq added whenever they come, the first of which should overwrite
+        ("while arrived < before", "while arrived < 0"),
+        # the wrong phase
+        ("mbarrier.wait(keys_in, turn & 1)", "mbarrier.wait(keys_in, turn + 1 & 1)"),
+        # keys overwritten by dk while the other consumer needs them for dq
+        ("        mbarrier.wait(keys_read, turn & 1)\n", ""),
+    ],
+)
+def test_the_machine_notices_a_broken_kernel(
+    old: str, new: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(source: str) -> str:
+        assert old in source
+        return source.replace(old, new)
+
+    # One head at a time, so that programs meet at its queries.
+    monkeypatch.setattr(gradient, "_BAND_BYTES", 1)
+    failures = 0
+    for seed in range(4):
+        monkeypatch.setattr(gradient, "backward_kernel", launcher(seed, broken))
+        try:
+            results = gradients_of(problem_of("plain", 64))
+        except (AssertionError, AttributeError, Deadlock):
+            failures += 1
+            continue
+        failures += any(
+            largest_error(found, wanted) > FACTOR * largest_error(rough, wanted) + FLOOR[BFLOAT16]
+            for found, wanted, rough in zip(*results, strict=True)
+        )
+    assert failures > 0
+
+
+_COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compile
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from hf_expressive.ops.hopper.tiled_backward import backward_kernel as kernel
+
+def tiles(name, dtype, *block):
+    swizzled = gl.NVMMASharedLayout.get_default_for(list(block), dtype)
+    layout = swizzled if len(block) == 4 else gl.NVMMASharedLayout(0, 32, 2)
+    return f"tensordesc<{{name}}{{list(block)}},{{layout!r}}>".replace(", ", ",", len(block) - 1)
+
+constants = dict(SUBS=128 // {size}, STAGES=3, POWER={power}, FOLDED={scaled}, SCALED={scaled},
+                 SINGLE=True, {absent})
+types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
+types |= dict.fromkeys(
+    ["query_tiles", "key_tiles", "value_tiles", "grad_tiles", "grad_key_tiles", "grad_value_tiles"],
+    tiles("bf16", gl.bfloat16, 1, 1, 64, {size}),
+)
+types |= dict(sum_tiles=tiles("fp32", gl.float32, 1, 1, 64, 64))
+types |= dict.fromkeys(["delta_tiles", "level_tiles"], tiles("fp32", gl.float32, 1, 64))
+types |= dict(spans="*i32", table="*i32", counter="*i32", turns="*i32")
+types |= dict(scale="fp32", inverse="fp32", final="fp32")
+types |= {{name: kind for name, kind in dict(gain="*fp32", starts="*i32", ends="*i32", shown="*u8",
+           key_runs="*i32").items() if name not in constants}}
+places = {{(kernel.arg_names.index(name),): value for name, value in constants.items()}}
+compiled = compile(GluonASTSource(kernel, types, places), target=GPUTarget("cuda", 90, 32),
+                   options=dict(num_warps=4))
+assembly = compiled.asm["ptx"]
+for instruction in ("wgmma.mma_async", "setmaxnreg", "cp.async.bulk", "cp.reduce.async.bulk"):
+    assert instruction in assembly, instruction
+assert compiled.metadata.shared <= 227 * 1024
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "power", "scaled", "absent"),
+    [
+        (128, 1, True, "gain=None, starts=None, ends=None, shown=None, key_runs=None"),
+        (64, 2, False, ""),
+    ],
+)
+def test_kernel_compiles_without_a_gpu(size: int, power: int, scaled: bool, absent: str) -> None:
+    script = _COMPILE.format(size=size, power=power, scaled=scaled, absent=absent)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@needs_hopper
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("name", CASES)
+def test_matches_the_reference(name: str, size: int) -> None:
+    check(problem_of(name, size))
+
+
+@needs_hopper
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("magnitude", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("name", ["causal", "gain", "small scale"])
+def test_matches_the_reference_in_float16(name: str, magnitude: float) -> None:
+    check(problem_of(name, 64, FLOAT16, magnitude))
+
+
+@needs_hopper
+@pytest.mark.parametrize(
+    "sizes", [(2, 40, 40, 2048, 2048, 64, 64), (1, 24, 6, 4096, 4096, 128, 128)]
+)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_matches_the_portable_kernels_at_full_size(sizes: tuple[int, ...], is_causal: bool) -> None:
+    """Several tiles a program, bands of heads, thousands of turns; and the same bits every time."""
+    problem = Case("large", sizes, BFLOAT16, 1.0, {"is_causal": is_causal}).problem()
+    grad_out = torch.randn_like(problem.query)
+    seen = hopper.forward(problem)
+    wanted = triton.backward(problem, *seen, grad_out, need_key_bias=False, need_bias=False)
+    found = gradient.gradients(problem, *seen, grad_out)
+    for one, other in zip(found, wanted, strict=False):
+        assert largest_error(one, other) < 0.02 * float(other.abs().max())
+    for _ in range(10):
+        assert all(map(torch.equal, gradient.gradients(problem, *seen, grad_out), found))
+
+
+@needs_hopper
+def test_strides_are_free() -> None:
+    problem = problem_of("causal", 64)
+    strided = dataclasses.replace(problem, key=problem.key.mT.contiguous().mT)
+    seen = hopper.forward(problem)
+    grad_out = torch.randn(2, 300, 4, 64, device=DEVICE).to(BFLOAT16).transpose(1, 2)
+    packed = gradient.gradients(problem, *seen, grad_out.contiguous())
+    assert all(map(torch.equal, gradient.gradients(strided, *seen, grad_out), packed))
