@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -812,6 +812,30 @@ def test_an_operator_may_be_defined_anew() -> None:
         defined = times(factor)
         torch.testing.assert_close(defined(one), factor * one)
         assert defined(one.to("meta")).is_meta
+
+
+def test_operators_make_the_device_of_their_tensors_the_current_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Here a device is the tensor that stands for it; Triton launches on the current one."""
+    current: list[Tensor] = []
+    found = []
+
+    @contextlib.contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        current.append(tensor)
+        yield
+        current.pop()
+
+    def compute(x: Tensor, y: Tensor) -> Tensor:
+        found.append(bool((current[-1] == x).all()))
+        return x + y
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    defined = operator("plus", compute, lambda x, y: torch.empty_like(x))
+    defined(torch.ones(1), torch.zeros(1))
+    assert found == [True]
+    assert not current
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])

@@ -23,10 +23,13 @@ if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from hf_expressive.ops import reference, triton  # noqa: E402
+from hf_expressive.attention.key_memory import KeyMemory  # noqa: E402
+from hf_expressive.ops import expressive_attention, reference, triton  # noqa: E402
 from hf_expressive.ops.dropout import keep_mask  # noqa: E402
 from hf_expressive.ops.problem import HIDDEN, AttentionProblem, KeyRanges  # noqa: E402
 from hf_expressive.ops.response import Response  # noqa: E402
+from hf_expressive.ops.triton.features import fused_features  # noqa: E402
+from hf_expressive.ops.triton.magnitude import fused_magnitude  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
@@ -442,3 +445,16 @@ def test_decoding_can_be_captured_in_a_graph() -> None:
         graph.replay()
         expected, _, _ = reference.attention(problem)
         assert largest_error(out, expected) < 0.02
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
+    assert torch.cuda.current_device() == 0
+    query, key, value = (torch.randn(1, 2, 70, 64, device="cuda:1") for _ in range(3))
+    found = expressive_attention(query, key, value, impl="triton")
+    expected = expressive_attention(query, key, value, impl="reference")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    frequencies = torch.randn(2, 2, 64, 8, device="cuda:1")
+    kept = KeyMemory().features(key, frequencies, 3.0, factor=0.5, magnitude_factor=0.5)
+    made = fused_features(key, frequencies, 0.5), fused_magnitude(key, 3.0, 0.5)
+    torch.testing.assert_close(kept, made)

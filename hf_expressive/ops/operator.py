@@ -31,7 +31,8 @@ def operator(
 
     Args:
         name: of the operator.
-        compute: takes positional arguments without defaults, writes to none and returns new tensors.
+        compute: takes positional arguments without defaults, the first a tensor on whose device it runs,
+            writes to none and returns new tensors.
         fake: the same with tensors that have a shape only.
         save: save(context, inputs, output) keeps what the gradients need; `None` if there are none.
         gradients: gradients(context, *grad_outputs) returns one for each input, or `None` in its place.
@@ -43,8 +44,14 @@ def operator(
     library = get_library_allowing_overwrite(_NAMESPACE, name)
     schema = torch.library.infer_schema(compute, mutates_args=())
     library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def on_device(*inputs: Any) -> Any:
+        # Triton launches on the current device, which need not be that of a model's part.
+        with torch.cuda.device_of(inputs[0]):
+            return compute(*inputs)
+
     # Called from a frame that `torch.compile` gave up on, they would be compiled piece by piece.
-    library.impl(name, torch.compiler.disable(compute), "CompositeExplicitAutograd")
+    library.impl(name, torch.compiler.disable(on_device), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=library)
     overload = getattr(getattr(torch.ops, _NAMESPACE), name).default
     differentiable = torch.compiler.disable(_autograd(name, overload, save, gradients))

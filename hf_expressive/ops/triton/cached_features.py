@@ -141,24 +141,25 @@ class CachedFeatures:
         rows = self.copy.shape[2]
         exponents = p.float() if isinstance(p, Tensor) else None
         plain_p = 0.0 if isinstance(p, Tensor) else float(p)
-        changed = self._changed(frequencies, exponents, (plain_p, factor, magnitude_factor))
-        compare_kernel[(batch * heads, rows // SPAN)](
-            key,
-            self.copy,
-            changed,
-            self.stale,
-            heads,
-            positions,
-            rows,
-            *key.stride(),
-            DIM=dim,
-            BLOCK_N=SPAN,
-            BLOCK_D=power_of_two(dim),
-        )
-        features_kernels.forward(key, frequencies, factor, self.features, self.stale)
-        magnitude_kernels.forward(
-            key, exponents, plain_p, magnitude_factor, self.magnitudes, self.stale
-        )
+        with torch.cuda.device_of(key):  # where Triton launches
+            changed = self._changed(frequencies, exponents, (plain_p, factor, magnitude_factor))
+            compare_kernel[(batch * heads, rows // SPAN)](
+                key,
+                self.copy,
+                changed,
+                self.stale,
+                heads,
+                positions,
+                rows,
+                *key.stride(),
+                DIM=dim,
+                BLOCK_N=SPAN,
+                BLOCK_D=power_of_two(dim),
+            )
+            features_kernels.forward(key, frequencies, factor, self.features, self.stale)
+            magnitude_kernels.forward(
+                key, exponents, plain_p, magnitude_factor, self.magnitudes, self.stale
+            )
         return self.features[:, :, :positions], self.magnitudes[:, :, :positions]
 
     def _changed(
