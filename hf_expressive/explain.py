@@ -23,6 +23,9 @@ from .ops.response import Response
 from .patcher import implementation, runs
 from .registry import CHILD, MECHANISMS, options_of
 
+#: Positions of the call that an explanation speaks of.
+_LENGTH = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class LayerExplanation:
@@ -34,7 +37,7 @@ class LayerExplanation:
             asks for an implementation.
         softmax: `"all heads"`, the number of heads, or `"none"`: what stays softmax attention.
         parameters: number of learned parameters of the mechanism.
-        implementation: what `impl="auto"` runs on the module's device for an ordinary call.
+        implementation: what `impl="auto"` runs for a long causal call on the module's device.
     """
 
     name: str
@@ -88,7 +91,7 @@ def explain(model: PreTrainedModel) -> Explanation:
                 name,
                 "all heads" if child.softmax_layer else heads,
                 sum(parameter.numel() for parameter in child.parameters()),
-                _implementation(found.module, model),
+                _implementation(found.module, child, model),
             )
         )
     for found in [*foreign_modules(model), *pooling_modules(model)]:
@@ -101,16 +104,17 @@ def explain(model: PreTrainedModel) -> Explanation:
     return Explanation(title, tuple(layers))
 
 
-def _implementation(module: torch.nn.Module, model: PreTrainedModel) -> str:
-    """What `auto` picks for an ordinary call of this module's shape, device and dtype."""
+def _implementation(module: torch.nn.Module, child: Mechanism, model: PreTrainedModel) -> str:
+    """What `auto` picks for a long causal call of this module's heads, device and dtype."""
     heads, dim = num_heads(module) or 1, head_dim(module) or 64
     kv_heads = num_key_value_heads(module) or heads
     parameter = next(module.parameters(), next(model.parameters()))
     query, key = (
-        torch.empty(1, count, 1, dim, device=parameter.device, dtype=parameter.dtype)
+        parameter.new_empty(1, count, 1, dim).expand(-1, -1, _LENGTH, -1)
         for count in (heads, kv_heads)
     )
+    response = Response("exp") if child.softmax_layer else child.response
     problem = AttentionProblem(
-        query=query, key=key, value=key, response=Response("hill"), scale=1.0
+        query=query, key=key, value=key, response=response, scale=1.0, is_causal=True
     )
     return choose(problem, "auto")

@@ -230,7 +230,9 @@ def test_auto_takes_them_for_large_problems() -> None:
     many = dataclasses.replace(few, query=query, ranges=None)
     assert hopper.is_large(many)
     assert choose(few, "auto") == ("triton" if GPU else "blockwise")
-    assert choose(many, "auto") == ("hopper" if HOPPER else "triton" if GPU else "blockwise")
+    assert choose(many, "auto") == (
+        "hopper-forward" if HOPPER else "triton" if GPU else "blockwise"
+    )
     capped = dataclasses.replace(many, softcap=30.0)
     assert choose(capped, "auto") == ("triton" if GPU else "blockwise")
 
@@ -263,7 +265,7 @@ def test_auto_compiles_into_one_graph_without_a_warning(pretended: tuple[Tensor,
         return graph.forward
 
     torch.compile(_Attention(), fullgraph=True, backend=backend)(*pretended)
-    assert [taken(graph) for graph in graphs] == [["hopper"]]
+    assert [taken(graph) for graph in graphs] == [["hopper-forward"]]
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -383,3 +385,20 @@ def test_plan_bounds_what_is_visible(name: str) -> None:
             if len(low[rows]):
                 expected = [int(low[rows].max()), int(high[rows].min())]
                 assert inner[2 * half : 2 * half + 2] == expected
+
+
+@needs_hopper
+def test_explain_says_what_runs() -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    import hf_expressive
+
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=64, num_hidden_layers=1, num_attention_heads=8,
+        num_key_value_heads=8, vocab_size=32,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="expressive")
+    half = model.to(DEVICE, torch.bfloat16)
+    assert [row.implementation for row in hf_expressive.explain(half).layers] == ["hopper-forward"]
+    full = model.to(torch.float32)
+    assert [row.implementation for row in hf_expressive.explain(full).layers] == ["triton"]

@@ -98,7 +98,10 @@ def test_results_do_not_depend_on_the_order_of_events(monkeypatch: pytest.Monkey
         # a part of dq overwritten before it was read
         ("                    tma.store_wait(0)\n", ""),
         # queries released while they are multiplied for dk
-        ("1, deps=[new_scores[0], new_scores[1], key_part]", "3, deps=[1, 1, 1]"),
+        (
+            "1, deps=[grad_weight, key_sum])\n            mbarrier.arrive(queries_out.index(before",
+            "3, deps=[1, 1])\n            mbarrier.arrive(queries_out.index(before",
+        ),
         # parts of dq added whenever they come, the first of which should overwrite
         ("while arrived < before", "while arrived < 0"),
         # the wrong phase

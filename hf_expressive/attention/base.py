@@ -112,7 +112,7 @@ class About:
 class Mechanism(nn.Module, ABC):
     """The child of an attention module that computes its attention and holds its learned parameters.
 
-    A subclass says in `about` what it is.
+    A subclass says in `about` what it is, and in `response` how a score becomes a weight.
 
     Args:
         options: validated options.
@@ -125,6 +125,7 @@ class Mechanism(nn.Module, ABC):
     """
 
     about: ClassVar[About]
+    response: Response
 
     def __init__(
         self, options: MechanismConfig, *, layer: int, heads: int | None, kv_heads: int | None

@@ -236,6 +236,8 @@ class ImplicitKernelAttention(Regularized, Mechanism):
     ) -> None:
         super().__init__(options, layer=layer, heads=heads, kv_heads=kv_heads)
         self.options = options = cast(ImplicitKernelConfig, options)
+        square = Response("square", epsilon=options.epsilon)
+        self.response = Response("exp") if options.kernel == "rbf" else square
         self.kernel: SpectralKernel | None = None
         learned = options.needs_parameters
         if learned and (heads is None or kv_heads is None or head_dim is None):
@@ -280,7 +282,7 @@ class ImplicitKernelAttention(Regularized, Mechanism):
         if not torch.compiler.is_exporting():
             self.regularizer = regularizer
         if frequencies is None:
-            return call.attend(Response("exp"), call.scaling, key_bias)
+            return call.attend(self.response, call.scaling, key_bias)
         if call.softcap is not None:
             raise ValueError(
                 f"kernel={self.options.kernel!r} has no logit that softcap={call.softcap} could cap "
@@ -288,8 +290,7 @@ class ImplicitKernelAttention(Regularized, Mechanism):
                 "soft-capping to None in its config."
             )
         query = kernel_features(call.query, frequencies, call.scaling)
-        response = Response("square", epsilon=self.options.epsilon)
-        return dataclasses.replace(call, query=query, key=key).attend(response, 1.0, key_bias)
+        return dataclasses.replace(call, query=query, key=key).attend(self.response, 1.0, key_bias)
 
     def reset_parameters(self) -> None:
         if self.kernel is not None:

@@ -7,9 +7,9 @@
 * `"triton"`: fused kernels; CUDA (or Triton's interpreter). Raises where a problem is not covered.
 * `"hopper"`: kernels for GPUs of compute capability 9.0 and the commonest cases; raises otherwise.
 * `"auto"`: for CUDA tensors the first of `"hopper"`, if there is work for every multiprocessor, and
-  `"triton"` that covers the call; `"blockwise"` for everything else. An exported program, which other
-  GPUs and lengths may meet, never holds `"hopper"`; one for ONNX, which has no operator of ours, holds
-  `"reference"`.
+  `"triton"` that covers the call, with the gradients of `"triton"`; `"blockwise"` for everything else.
+  An exported program, which other GPUs and lengths may meet, never holds `"hopper"`; one for ONNX, which
+  has no operator of ours, holds `"reference"`.
 
 An implementation asked for by name runs or raises; it is never replaced by another.
 """
@@ -222,7 +222,7 @@ def choose(problem: AttentionProblem, impl: str, *, return_weights: bool = False
             return "blockwise"
         here = not torch.compiler.is_exporting()
         if here and hopper.unsupported(problem) is None and hopper.is_large(problem):
-            return "hopper"
+            return "hopper-forward"
         return "triton" if triton.unsupported(problem) is None else "blockwise"
     if impl in _KERNELS and (reason := _KERNELS[impl].unsupported(problem)) is not None:
         raise NotImplementedError(f"impl={impl!r} does not cover this call: {reason}")

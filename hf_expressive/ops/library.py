@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import blockwise, hopper, triton
+from .hopper import forward_only
 from .operator import operator
 from .problem import AttentionProblem, KeyRanges
 from .response import Response
@@ -41,6 +42,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "blockwise": blockwise,
     "triton": triton,
     "hopper": hopper,
+    "hopper-forward": forward_only,
 }
 
 _NO_WINDOW = -1

@@ -6,18 +6,18 @@ one head, keeps dk and dv in registers and steps through the queries that see so
     Sᵀ = K·Qᵀ    dPᵀ = V·doutᵀ − δ    dv += Pᵀ·dout    dSᵀ = slope · dPᵀ    dk += dSᵀ·Q    dq = dS·K
 
 Each of two consumer warp groups owns 64 of the keys; P stays in registers, dS goes through shared
-memory, because dq needs all 128 keys. A step works on two tiles of queries, so that the product units
-always have something before them while the consumers do something else:
+memory, because dq needs all 128 keys. A step multiplies for two tiles of queries, so that the product
+units are busy while weights are computed:
 
-    dq and dk of the tile before, Sᵀ of this one    dq leaves for shared memory as soon as it is there
-    dPᵀ of this tile                                while its weights are computed
-    dv of this tile                                 while dS is computed and stored
+    Sᵀ of this tile, dq and dk of the tile before      asynchronous; dq leaves for shared memory
+    dPᵀ of this tile                                   asynchronous, while weights are computed
+    dv of this tile                                    asynchronous, while dS is computed and stored
 
-A writer warp adds dq to a float32 sum in global memory by bulk copies. A tile of queries receives the
-parts of its keys in a fixed order, from the last keys to the first (in the last band of heads from the
-first to the last); a counter a tile of queries says whose turn it is. Programs take the tiles of a head
-in the same order from a counter, so a program only ever waits for one that started earlier. With
-causality later keys also begin with later queries, and the turns come round by themselves.
+A writer warp adds dq to a float32 sum in global memory by bulk copies. Tiles of queries receive the
+parts of their keys from the last keys to the first, always in this order: a counter a tile of queries
+says whose turn it is. Programs take the tiles of a head in the same order, so a program only ever
+waits for one that started earlier; with causality later keys also begin with later queries, and the
+turns come round by themselves.
 """
 
 from __future__ import annotations
@@ -348,16 +348,19 @@ def writer(
 
 @gluon.jit
 def weigh(
-    scores, grad_weight, value_sum, step, member, buffers, barriers, item, tensors, limits, terms,
-    part: gl.constexpr, SUBS: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr,
-    SCALED: gl.constexpr,
+    scores, key_sum, value_sum, step, before, member, buffers, barriers, item, tensors, limits,
+    terms, part: gl.constexpr, SUBS: gl.constexpr, STAGES: gl.constexpr, POWER: gl.constexpr,
+    FOLDED: gl.constexpr, SCALED: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
-    """The second half of a step: weights, dv, dS, with the first dPᵀ under way. Returns dv's sum, which
-    is under way, too."""
+    """The part of a step that starts with its scores: dPᵀ, dv, dS. Returns the sums for dk and dv.
+
+    Without `FIRST`, `key_sum` is still being added to with the queries of the step before, which are
+    released.
+    """
     grad_buffer, level_buffer, code_buffer, slope_buffer = (
         buffers[3], buffers[5], buffers[7], buffers[8],
     )  # fmt: skip
-    slope_in = barriers[10]
+    queries_out, grads_in, slope_in = barriers[3], barriers[4], barriers[10]
     gain = tensors[0]
     scale, inverse, single = terms[0], terms[1], terms[2]
     SIZE: gl.constexpr = grad_buffer.shape[4]
@@ -367,6 +370,13 @@ def weigh(
     WEIGHT: gl.constexpr = gl.DotOperandLayout(0, SUM, 2)
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     slot = step & 1
+    mbarrier.wait(grads_in.index(slot), (step >> 1) & 1)
+    grad_weight = bracket(buffers, step, 0, part, SUBS, SCORE)
+    if FIRST:
+        if SUBS == 2:
+            scores = warpgroup_mma_wait(1, deps=[scores[0], scores[1]])
+        else:
+            scores = (warpgroup_mma_wait(1, deps=[scores[0]]),)
     code = gl.max(code_buffer.index(slot).load(ONE), 0)
     factor = scale
     if gain is not None:
@@ -386,11 +396,14 @@ def weigh(
             gl.convert_layout(weight, WEIGHT),
             grad_buffer.index(slot * SUBS + sub).reshape([_HALF, SIZE]), value_sum, is_async=True,
         )  # fmt: skip
-        grad_score = warpgroup_mma_wait(1, deps=[grad_weight])
+        if FIRST or sub > 0:
+            grad_weight = warpgroup_mma_wait(1, deps=[grad_weight])
+        else:
+            grad_weight, key_sum = warpgroup_mma_wait(1, deps=[grad_weight, key_sum])
+            mbarrier.arrive(queries_out.index(before % STAGES), count=1)
+        grad_score = grad_weight
         if sub + 1 < SUBS:
-            grad_weight = bracket(
-                buffers, step, sub + 1, minus_delta(buffers, step, sub + 1, SUBS), part, SUBS
-            )
+            grad_weight = bracket(buffers, step, sub + 1, part, SUBS, SCORE)
         if single:  # noqa: SIM102 - decided at compile time
             if code & 1:
                 # The bracket of a row that sees one key is a difference of two roundings.
@@ -399,26 +412,22 @@ def weigh(
         slope_buffer.index((slot * 2 + part) * SUBS + sub).store((slope * grad_score).to(DTYPE))
     fence_async_shared()
     mbarrier.arrive(slope_in.index(slot), count=1)
-    return value_sum
+    return key_sum, value_sum
 
 
 @gluon.jit
-def minus_delta(buffers, step, sub: gl.constexpr, SUBS: gl.constexpr):
-    """−δ of 64 queries, for each of 64 keys."""
-    SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    delta = buffers[4].index((step & 1) * SUBS + sub).load(SCORE)
-    return gl.zeros([_HALF, _HALF], gl.float32, SCORE) - delta
-
-
-@gluon.jit
-def bracket(buffers, step, sub: gl.constexpr, start, part: gl.constexpr, SUBS: gl.constexpr):
-    """Starts start + V·doutᵀ."""
-    value_buffer, grad_buffer = buffers[2], buffers[3]
+def bracket(
+    buffers, step, sub: gl.constexpr, part: gl.constexpr, SUBS: gl.constexpr, SCORE: gl.constexpr
+):
+    """Starts V·doutᵀ − δ."""
+    value_buffer, grad_buffer, delta_buffer = buffers[2], buffers[3], buffers[4]
     SIZE: gl.constexpr = grad_buffer.shape[4]
+    place_of = (step & 1) * SUBS + sub
+    delta = delta_buffer.index(place_of).load(SCORE)
     return warpgroup_mma(
         value_buffer.index(part + nothing(step)).reshape([_HALF, SIZE]),
-        grad_buffer.index((step & 1) * SUBS + sub).reshape([_HALF, SIZE]).permute((1, 0)),
-        start, is_async=True,
+        grad_buffer.index(place_of).reshape([_HALF, SIZE]).permute((1, 0)),
+        gl.zeros([_HALF, _HALF], gl.float32, SCORE) - delta, is_async=True,
     )  # fmt: skip
 
 
@@ -462,17 +471,22 @@ def add_to_keys(
 
 
 @gluon.jit
+def send(query_sum, step, buffers, barriers, part: gl.constexpr):
+    """Hands a part of dq to the writer."""
+    mbarrier.wait(barriers[7], (step & 1) ^ 1)
+    buffers[9].index(part).reshape([64, 64]).store(query_sum)
+    fence_async_shared()
+    mbarrier.arrive(barriers[6], count=1)
+
+
+@gluon.jit
 def consumer(
     part: gl.constexpr, out_tiles, buffers, barriers, spans, terms, tensors, limits, shape,
     SUBS: gl.constexpr, STAGES: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr,
     SCALED: gl.constexpr,
 ):  # fmt: skip
     query_buffer, key_buffer, value_buffer = buffers[0], buffers[1], buffers[2]
-    sum_buffer = buffers[9]
-    keys_in, keys_out, queries_in, queries_out, grads_in, grads_out, sum_in, sum_out = (
-        barriers[0], barriers[1], barriers[2], barriers[3], barriers[4], barriers[5], barriers[6],
-        barriers[7],
-    )  # fmt: skip
+    keys_in, keys_out, queries_in, queries_out = barriers[0], barriers[1], barriers[2], barriers[3]
     slope_in, keys_read = barriers[10], barriers[11]
     grad_key_tiles, grad_value_tiles = out_tiles[0], out_tiles[1]
     key_runs = tensors[4]
@@ -507,68 +521,51 @@ def consumer(
 
         mbarrier.wait(keys_in, turn & 1)
         mbarrier.wait(queries_in.index(step % STAGES), (step // STAGES) & 1)
-        scores = scores_of(buffers, step, part, SUBS, STAGES)
-        mbarrier.wait(grads_in.index(step & 1), (step >> 1) & 1)
-        start = minus_delta(buffers, step, 0, SUBS)
-        grad_weight = bracket(buffers, step, 0, start, part, SUBS)
-        if SUBS == 2:
-            scores = warpgroup_mma_wait(1, deps=[scores[0], scores[1]])
-        else:
-            scores = (warpgroup_mma_wait(1, deps=[scores[0]]),)
-        value_sum = weigh(
-            scores, grad_weight, no_value_sum, step, 0, buffers, barriers, item, tensors, limits,
-            terms, part, SUBS, POWER, FOLDED, SCALED,
+        key_sum, value_sum = weigh(
+            scores_of(buffers, step, part, SUBS, STAGES), key_sum, no_value_sum, step, step, 0,
+            buffers, barriers, item, tensors, limits, terms,
+            part, SUBS, STAGES, POWER, FOLDED, SCALED, True,
         )  # fmt: skip
         step += 1
         for position in range(1, each * group):
             before = step - 1
+            mbarrier.wait(queries_in.index(step % STAGES), (step // STAGES) & 1)
+            scores = scores_of(buffers, step, part, SUBS, STAGES)
+            settled = warpgroup_mma_wait(SUBS, deps=[value_sum])
+            mbarrier.arrive(barriers[5].index(before & 1), count=1)
             mbarrier.wait(slope_in.index(before & 1), (before >> 1) & 1)
             query_sum = query_part(buffers, before, part, SUBS)
-            key_part = add_to_keys(key_sum, buffers, before, part, SUBS, STAGES)
-            mbarrier.wait(queries_in.index(step % STAGES), (step // STAGES) & 1)
-            new_scores = scores_of(buffers, step, part, SUBS, STAGES)
-            query_sum, settled = warpgroup_mma_wait(2 * SUBS, deps=[query_sum, value_sum])
-            mbarrier.arrive(grads_out.index(before & 1), count=1)
-            mbarrier.wait(grads_in.index(step & 1), (step >> 1) & 1)
-            mbarrier.wait(sum_out, (before & 1) ^ 1)
-            sum_buffer.index(part).reshape([64, 64]).store(query_sum)
-            new_start = minus_delta(buffers, step, 0, SUBS)
-            fence_async_shared()
-            mbarrier.arrive(sum_in, count=1)
-            new_weight = bracket(buffers, step, 0, new_start, part, SUBS)
+            key_sum = add_to_keys(key_sum, buffers, before, part, SUBS, STAGES)
             if SUBS == 2:
-                first_score, second_score, key_sum = warpgroup_mma_wait(
-                    1, deps=[new_scores[0], new_scores[1], key_part]
+                first_score, second_score, query_sum = warpgroup_mma_wait(
+                    SUBS, deps=[scores[0], scores[1], query_sum]
                 )
                 known = (first_score, second_score)
             else:
-                first_score, key_sum = warpgroup_mma_wait(1, deps=[new_scores[0], key_part])
+                first_score, query_sum = warpgroup_mma_wait(SUBS, deps=[scores[0], query_sum])
                 known = (first_score,)  # type: ignore[assignment]
-            mbarrier.arrive(queries_out.index(before % STAGES), count=1)
-            value_sum = weigh(
-                known, new_weight, settled, step, position // each, buffers, barriers, item,
-                tensors, limits, terms, part, SUBS, POWER, FOLDED, SCALED,
+            send(query_sum, before, buffers, barriers, part)
+            key_sum, value_sum = weigh(
+                known, key_sum, settled, step, before, position // each, buffers, barriers,
+                item, tensors, limits, terms, part, SUBS, STAGES, POWER, FOLDED, SCALED, False,
             )  # fmt: skip
             step += 1
 
         before = step - 1
         value_total = warpgroup_mma_wait(0, deps=[value_sum])
-        mbarrier.arrive(grads_out.index(before & 1), count=1)
+        mbarrier.arrive(barriers[5].index(before & 1), count=1)
         mbarrier.wait(slope_in.index(before & 1), (before >> 1) & 1)
         query_sum = query_part(buffers, before, part, SUBS)
-        key_part = add_to_keys(key_sum, buffers, before, part, SUBS, STAGES)
+        key_sum = add_to_keys(key_sum, buffers, before, part, SUBS, STAGES)
         query_sum = warpgroup_mma_wait(SUBS, deps=[query_sum])
         mbarrier.arrive(keys_read, count=1)
-        mbarrier.wait(sum_out, (before & 1) ^ 1)
-        sum_buffer.index(part).reshape([64, 64]).store(query_sum)
-        fence_async_shared()
-        mbarrier.arrive(sum_in, count=1)
+        send(query_sum, before, buffers, barriers, part)
         value_buffer.index(part).reshape([_HALF, SIZE]).store(value_total.to(DTYPE))
-        key_total = warpgroup_mma_wait(0, deps=[key_part])
+        key_sum = warpgroup_mma_wait(0, deps=[key_sum])
         mbarrier.arrive(queries_out.index(before % STAGES), count=1)
         # The other consumer multiplies by these keys for dq.
         mbarrier.wait(keys_read, turn & 1)
-        key_buffer.index(part).reshape([_HALF, SIZE]).store((key_total * terms[3]).to(DTYPE))
+        key_buffer.index(part).reshape([_HALF, SIZE]).store((key_sum * terms[3]).to(DTYPE))
         fence_async_shared()
         at = [batch, row % key_heads, tile * _KEYS + part * _HALF, 0]
         _store(grad_value_tiles, at, value_buffer.index(part))
