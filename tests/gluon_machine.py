@@ -1,6 +1,6 @@
-"""Runs the Gluon backward kernel on the CPU: every warp group a thread, every copy and product late.
+"""Runs the Gluon kernels on the CPU: every warp group a thread, every copy and product late.
 
-Triton's interpreter knows no Gluon. This one knows the few operations that the kernel uses, takes its
+Triton's interpreter knows no Gluon. This one knows the few operations that the kernels use, takes their
 source as it stands and replaces what it imports. What hardware does asynchronously happens here at a
 random moment between the earliest and the latest that the barriers allow: a bulk load poisons its
 target at once and fills it later; a product reads its operands in shared memory only when it runs; a
@@ -11,6 +11,7 @@ buffer released too early therefore ends in NaN, in a wrong number or in `Deadlo
 from __future__ import annotations
 
 import random
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 
 import hf_expressive
 
-SOURCE = Path(hf_expressive.__file__).parent / "ops" / "hopper" / "tiled_backward.py"
+FOLDER = Path(hf_expressive.__file__).parent / "ops" / "hopper"
 _STEPS_WITHOUT_PROGRESS = 20_000
 
 
@@ -265,11 +266,17 @@ def _load_memory(pointer: Pointer, mask: Any = True, other: float = 0) -> Tensor
     return torch.where(inside, found, torch.as_tensor(other, dtype=found.dtype))
 
 
-class _Namespace:
-    """The names that the kernel's source imports, for one program."""
+def _store_memory(pointer: Pointer, value: Tensor, mask: Any = True) -> None:
+    place = torch.as_tensor(pointer.offset)
+    inside = torch.as_tensor(mask).expand(place.shape)
+    pointer.data.view(-1)[place[inside]] = value.expand(place.shape)[inside].to(pointer.data.dtype)
 
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
+
+class _Namespace:
+    """The names that the kernel's source imports, for one of a number of programs."""
+
+    def __init__(self, machine: Machine, program: int, programs: int) -> None:
+        self.machine, self.program, self.programs = machine, program, programs
         self.products: dict[int | None, list[Product]] = {}
         self.stores: dict[int | None, list[Store]] = {}
         self.bodies: list[Callable[[], None]] = []
@@ -297,7 +304,9 @@ class _Namespace:
             max=lambda value, _: value.max(), cdiv=lambda one, two: -(-one // two),
             convert_layout=lambda value, _: value, static_range=range, load=_load_memory,
             allocate_shared_memory=self.allocate, atomic_add=self.atomic_add,
-            warp_specialize=self.specialize,
+            warp_specialize=self.specialize, store=_store_memory,
+            sum=lambda value, dim: value.sum(dim), exp2=torch.exp2, log2=torch.log2,
+            program_id=lambda _: self.program, num_programs=lambda _: self.programs,
         )  # fmt: skip
         mbarrier = SimpleNamespace(
             MBarrierLayout=lambda: Barrier, init=self.initialise, wait=self.wait,
@@ -313,7 +322,11 @@ class _Namespace:
 
     def replacements(self) -> dict[str, Any]:
         """What stands for functions of the source that are inline assembly."""
-        return {"_add": self.add, "arrivals": self.arrivals, "publish": self.publish}
+        return {
+            "_add": self.add, "arrivals": self.arrivals, "publish": self.publish,
+            "reciprocal": lambda x: 1.0 / x,
+            "as_multiplied": lambda x, dtype, lift: (x * lift).to(dtype).float() / lift,
+        }  # fmt: skip
 
     def specialize(self, functions: list[Any], _warps: list[int], _registers: list[int]) -> None:
         self.bodies = [lambda f=f, a=a: f(*a) for f, a in functions]
@@ -328,11 +341,13 @@ class _Namespace:
     def initialise(self, barrier: Barrier, count: int) -> None:
         barrier.count = count
 
-    def wait(self, barrier: Barrier, parity: int) -> None:
-        self.machine.switch(lambda: barrier.phase % 2 != int(parity))
+    def wait(self, barrier: Barrier, parity: int, pred: Any = True) -> None:
+        self.machine.switch(lambda: not pred or barrier.phase % 2 != int(parity))
 
-    def arrive(self, barrier: Barrier, count: int = 1) -> None:
+    def arrive(self, barrier: Barrier, count: int = 1, pred: Any = True) -> None:
         self.machine.switch()
+        if not pred:
+            return
         self.machine.polls = 0
         barrier.arrived += count
         barrier.update()
@@ -379,7 +394,7 @@ class _Namespace:
         self.machine.switch()
         self.atomic_add(pointer, 1)
 
-    def atomic_add(self, pointer: Pointer, value: int) -> Tensor:
+    def atomic_add(self, pointer: Pointer, value: int, sem: str = "acq_rel") -> Tensor:
         self.machine.switch()
         self.machine.polls = 0
         cell = pointer.data.view(-1)
@@ -408,18 +423,21 @@ class _Namespace:
         return values if len(values) > 1 else values[0]
 
 
-def launcher(seed: int, change: Callable[[str], str] = lambda source: source) -> Any:
-    """What takes the place of `backward_kernel` in `ops.hopper.gradient`.
+def launcher(kernel: str, seed: int, change: Callable[[str], str] = lambda source: source) -> Any:
+    """What takes the place of a kernel where it is launched.
 
     Args:
+        kernel: `"forward_kernel"` or `"backward_kernel"`.
         seed: of the order in which things happen.
         change: applied to the kernel's source.
     """
     from hf_expressive.ops.hopper.plan import FIELDS, ROWS
 
-    source = SOURCE.read_text()
-    body = "from __future__ import annotations\n"
-    body += change(source[source.index("_FIELDS = gl.constexpr") :])
+    path = FOLDER / f"tiled_{kernel.removesuffix('_kernel')}.py"
+    source = path.read_text()
+    imports = re.search(r"^_[A-Z0-9_]+ = gl\.constexpr", source, re.MULTILINE)
+    assert imports is not None
+    body = "from __future__ import annotations\n" + change(source[imports.start() :])
 
     class Launcher:
         def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
@@ -431,13 +449,13 @@ def launcher(seed: int, change: Callable[[str], str] = lambda source: source) ->
 
                 machine = Machine(seed)
                 bodies = []
-                for _ in range(grid[0]):
-                    program = _Namespace(machine)
+                for number in range(grid[0]):
+                    program = _Namespace(machine, number, grid[0])
                     names = program.names() | {"FIELDS": FIELDS, "ROWS": ROWS}
-                    exec(compile(body, SOURCE, "exec"), names)
+                    exec(compile(body, path, "exec"), names)
                     names |= program.replacements()
                     machine.threads, machine.running = {0: lambda: True}, 0
-                    names["backward_kernel"](*map(convert, arguments), **constants)
+                    names[kernel](*map(convert, arguments), **constants)
                     bodies += program.bodies
                 machine.run(bodies)
 

@@ -72,7 +72,7 @@ def test_matches_the_reference_in_any_order_of_events(
     band: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gradient, "backward_kernel", launcher(seed))
+    monkeypatch.setattr(gradient, "backward_kernel", launcher("backward_kernel", seed))
     monkeypatch.setattr(gradient, "_BAND_BYTES", band)
     check(problem_of(name, size, dtype))
 
@@ -83,7 +83,7 @@ def test_results_do_not_depend_on_the_order_of_events(monkeypatch: pytest.Monkey
     monkeypatch.setattr(gradient, "_BAND_BYTES", 1)
     results = []
     for seed in range(4):
-        monkeypatch.setattr(gradient, "backward_kernel", launcher(seed))
+        monkeypatch.setattr(gradient, "backward_kernel", launcher("backward_kernel", seed))
         torch.manual_seed(0)
         results.append(gradients_of(problem)[0])
     assert all(all(map(torch.equal, result, results[0])) for result in results)
@@ -121,7 +121,7 @@ def test_the_machine_notices_a_broken_kernel(
     monkeypatch.setattr(gradient, "_BAND_BYTES", 1)
     failures = 0
     for seed in range(4):
-        monkeypatch.setattr(gradient, "backward_kernel", launcher(seed, broken))
+        monkeypatch.setattr(gradient, "backward_kernel", launcher("backward_kernel", seed, broken))
         try:
             results = gradients_of(problem_of("plain", 64))
         except (AssertionError, AttributeError, Deadlock):

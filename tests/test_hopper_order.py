@@ -1,0 +1,80 @@
+"""The forward kernel for Hopper GPUs, run on the CPU by `gluon_machine` in random orders of events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from gluon_machine import Deadlock, launcher
+from test_hopper import CASES, check, problem_of
+from test_triton import GPU
+
+from hf_expressive.ops import hopper
+from hf_expressive.ops.hopper import launch
+
+pytestmark = [
+    pytest.mark.skipif(GPU, reason="Triton's interpreter runs on the CPU"),
+    pytest.mark.usefixtures("poisoned"),
+]
+
+
+def off_gpu(
+    name: str, size: int, seed: int, monkeypatch: pytest.MonkeyPatch, **machine: Any
+) -> None:
+    """`check` with the kernel run by `gluon_machine`."""
+    monkeypatch.setattr(launch, "forward_kernel", launcher("forward_kernel", seed, **machine))
+    monkeypatch.setattr(hopper, "unsupported", lambda problem: None)
+    check(problem_of(name, size))
+
+
+LONG = ("one head, many tiles", "more heads than programs")
+
+
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in LONG])
+def test_matches_the_reference_in_any_order_of_events(
+    name: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    off_gpu(name, size, size + len(name), monkeypatch)
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_programs_share_the_tiles_in_any_order_of_events(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    off_gpu(name, 64, 1, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        # values used before they have come
+        ("mbarrier.wait(step_in.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1)", "pass"),
+        # keys and values released while they are multiplied
+        (
+            "            out = warpgroup_mma_wait(0, deps=[out])\n"
+            "            mbarrier.arrive(step_out.index(stage), count=1)\n",
+            "            mbarrier.arrive(step_out.index(stage), count=1)\n"
+            "            out = warpgroup_mma_wait(0, deps=[out])\n",
+        ),
+        # queries overwritten while they are multiplied, or the output that lies in their place
+        ("mbarrier.wait(queries_out.index(2 * slot + half), ((turn >> 1) & 1) ^ 1)", "pass"),
+        # the next tile's queries in the place of this one's
+        ("index_in.index(slot), (turn >> 1) & 1)", "index_in.index(slot), (turn >> 1) & 1 ^ 1)"),
+    ],
+)
+def test_the_machine_notices_a_broken_kernel(
+    old: str, new: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(source: str) -> str:
+        assert source.count(old) == 1
+        return source.replace(old, new)
+
+    failures = 0
+    for seed in range(6):
+        try:
+            off_gpu("one head, many tiles", 64, seed, monkeypatch, change=broken)
+        except (AssertionError, AttributeError, TypeError, Deadlock):
+            failures += 1
+            break
+    assert failures > 0
