@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from .attention.base import Mechanism
+from .attention.base import SOFTMAX, Mechanism
 from .config import SECTION
 from .discovery import (
     attention_modules,
@@ -19,7 +19,6 @@ from .discovery import (
 )
 from .ops.functional import choose
 from .ops.problem import AttentionProblem
-from .ops.response import Response
 from .patcher import implementation, runs
 from .registry import CHILD, MECHANISMS, options_of
 
@@ -113,7 +112,7 @@ def _implementation(module: torch.nn.Module, child: Mechanism, model: PreTrained
         parameter.new_empty(1, count, 1, dim).expand(-1, -1, _LENGTH, -1)
         for count in (heads, kv_heads)
     )
-    response = Response("exp") if child.softmax_layer else child.response
+    response = SOFTMAX if child.softmax_layer else child.response
     problem = AttentionProblem(
         query=query, key=key, value=key, response=response, scale=1.0, is_causal=True
     )

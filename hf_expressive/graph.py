@@ -28,6 +28,7 @@ _FOREIGN: dict[str, tuple[object, ...]] = {
     "softmax_layers": ((),),
     "softmax_heads": (0,),
     "condition": ("auto", "constant"),
+    "cache_features": (True,),
 }
 
 

@@ -5,23 +5,17 @@ Without a GPU the kernels run in Triton's interpreter.
 
 from __future__ import annotations
 
-import os
 import threading
 
 import pytest
 import torch
+from kernel_device import DEVICE, needs_gpu
 from torch import Tensor
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-if not GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
-pytest.importorskip("triton", reason="Triton is not installed")
-
-from hf_expressive.attention.key_memory import KeyMemory  # noqa: E402
-from hf_expressive.ops.triton import features_kernels  # noqa: E402
-from hf_expressive.ops.triton.features import fused_features  # noqa: E402
-from hf_expressive.ops.triton.magnitude import fused_magnitude  # noqa: E402
+from hf_expressive.attention.key_memory import KeyMemory
+from hf_expressive.ops.triton import features_kernels
+from hf_expressive.ops.triton.features import fused_features
+from hf_expressive.ops.triton.magnitude import fused_magnitude
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 FACTORS = {"factor": 0.6, "magnitude_factor": 0.3}
@@ -145,7 +139,7 @@ def test_a_thread_writes_nothing_that_another_may_be_reading() -> None:
     assert_current(memory, mine, frequencies, 3.0)
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_is_that_without_memory(beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig

@@ -56,6 +56,7 @@ TAKEN: dict[str, list[Any]] = {
     "copula_weight": [0],
     "seed": [0],
     "authors_code": [True, False],
+    "cache_features": [True, False],
     "sink": [True, False],
     "version": [None],
 }

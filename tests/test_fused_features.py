@@ -5,22 +5,15 @@ Without a GPU they run in Triton's interpreter.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from kernel_device import DEVICE, needs_gpu
 from tolerances import FLOOR, assert_within_budget, largest_error
 from torch import Tensor
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-if not GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
-pytest.importorskip("triton", reason="Triton is not installed")
-
-from hf_expressive.ops import implicit_kernel  # noqa: E402
-from hf_expressive.ops.spectral import spectral_features  # noqa: E402
-from hf_expressive.ops.triton import features, features_kernels  # noqa: E402
+from hf_expressive.ops import implicit_kernel
+from hf_expressive.ops.spectral import spectral_features
+from hf_expressive.ops.triton import features, features_kernels
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 FACTOR = 0.6
@@ -117,7 +110,7 @@ def test_traced_shapes_are_those_of_the_kernels() -> None:
     )
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@needs_gpu
 def test_implicit_kernel_attention_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     original = features.fused_features

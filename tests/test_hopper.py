@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_triton import DEVICE, GPU, Case, differentiable, plain
+from kernel_device import DEVICE, GPU
+from test_triton import Case, differentiable, plain
 from tolerances import assert_within_budget
 from torch import Tensor
 from torch._subclasses import FakeTensorMode

@@ -10,8 +10,9 @@ import sys
 import pytest
 import torch
 from gluon_machine import Deadlock, launcher
+from kernel_device import DEVICE, needs_interpreter
 from test_hopper import CASES, HOPPER, needs_hopper, problem_of
-from test_triton import DEVICE, GPU, Case, differentiable, plain
+from test_triton import Case, differentiable, plain
 from tolerances import FACTOR, FLOOR, assert_within_budget, largest_error
 from torch import Tensor
 
@@ -19,7 +20,6 @@ from hf_expressive.ops import hopper, reference, triton
 from hf_expressive.ops.hopper import gradient
 from hf_expressive.ops.problem import AttentionProblem
 
-needs_interpreter = pytest.mark.skipif(GPU, reason="Triton's interpreter runs on the CPU")
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 from gluon_machine import Deadlock, launcher
+from kernel_device import needs_interpreter
 from test_hopper import CASES, check, problem_of
-from test_triton import GPU
 
 from hf_expressive.ops import hopper
 from hf_expressive.ops.hopper import launch
 
 pytestmark = [
-    pytest.mark.skipif(GPU, reason="Triton's interpreter runs on the CPU"),
+    needs_interpreter,
     pytest.mark.usefixtures("poisoned"),
 ]
 

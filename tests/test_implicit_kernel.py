@@ -810,6 +810,7 @@ def test_a_learned_exponent_starts_at_2_and_moves_the_output() -> None:
         ({"kernel": "copula", "copula_weight": float("nan")}, "copula_weight"),
         ({"kernel": "implicit", "seed": -1}, "seed"),
         ({"authors_code": 1}, "authors_code"),
+        ({"cache_features": None}, "cache_features"),
         ({"softmax_heads": -1}, "softmax_heads"),
         *[
             ({"kernel": "rbf", name: value}, f"{name}=.* has no meaning for kernel='rbf'")
@@ -822,6 +823,7 @@ def test_a_learned_exponent_starts_at_2_and_moves_the_output() -> None:
                 "kl_weight": 1.0,
                 "copula_weight": 2.0,
                 "seed": 1,
+                "cache_features": False,
             }.items()
         ],
         ({"kernel": "direct", "condition": "mean"}, "has no meaning"),

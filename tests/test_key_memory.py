@@ -161,6 +161,16 @@ def test_a_decoding_step_computes_the_features_of_one_key(kernel: str, counted: 
     assert counted == [count for step in steps for _layer in range(2) for count in step]
 
 
+def test_nothing_is_kept_where_nothing_should_be(counted: list[int]) -> None:
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    kept, fresh = _llama("direct"), _llama("direct", cache_features=False)
+    assert torch.equal(kept.generate(IDS, **options), fresh.generate(IDS, **options))
+    steps = [(7, 7), (8, 1), (1, 1), (7, 7), (1, 8), (1, 9)]
+    assert sorted(counted) == sorted(
+        count for step in steps for _layer in range(2) for count in step
+    )
+
+
 GENERATION: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3, "num_return_sequences": 2},

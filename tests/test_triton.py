@@ -7,32 +7,25 @@ Without a GPU they run in Triton's interpreter, on sizes that still make several
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from kernel_device import DEVICE, needs_gpu
 from tolerances import assert_within_budget, largest_error, plain_attention
 from torch import Tensor
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-if not GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
-pytest.importorskip("triton", reason="Triton is not installed")
-
-from hf_expressive.attention.key_memory import KeyMemory  # noqa: E402
-from hf_expressive.ops import expressive_attention, reference, triton  # noqa: E402
-from hf_expressive.ops.dropout import keep_mask  # noqa: E402
-from hf_expressive.ops.problem import HIDDEN, AttentionProblem, KeyRanges  # noqa: E402
-from hf_expressive.ops.response import Response  # noqa: E402
-from hf_expressive.ops.triton.features import fused_features  # noqa: E402
-from hf_expressive.ops.triton.magnitude import fused_magnitude  # noqa: E402
+from hf_expressive.attention.key_memory import KeyMemory
+from hf_expressive.ops import expressive_attention, reference, triton
+from hf_expressive.ops.dropout import keep_mask
+from hf_expressive.ops.problem import HIDDEN, AttentionProblem, KeyRanges
+from hf_expressive.ops.response import Response
+from hf_expressive.ops.triton.features import fused_features
+from hf_expressive.ops.triton.magnitude import fused_magnitude
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 SQUARE = Response("square", epsilon=1e-5)
 EXP = Response("exp")

@@ -109,6 +109,10 @@ class About:
     source: str
 
 
+#: The response of softmax attention.
+SOFTMAX = Response("exp")
+
+
 class Mechanism(nn.Module, ABC):
     """The child of an attention module that computes its attention and holds its learned parameters.
 
@@ -189,7 +193,7 @@ class Mechanism(nn.Module, ABC):
 
 def softmax_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """Ordinary softmax attention with everything that a call may carry; for hybrid models."""
-    return call.attend(Response("exp"), call.scaling)
+    return call.attend(SOFTMAX, call.scaling)
 
 
 def _check_softmax_heads(softmax_heads: int, heads: int, kv_heads: int) -> None:

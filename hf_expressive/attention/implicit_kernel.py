@@ -42,7 +42,7 @@ from ..ops.implicit_kernel import (
 from ..ops.problem import HIDDEN
 from ..ops.response import Response
 from ..ops.triton import features as fused_features
-from .base import About, AttentionCall, Mechanism
+from .base import SOFTMAX, About, AttentionCall, Mechanism
 from .key_memory import KeyMemory
 from .spectral_density import GeneratedFrequencies, LearnedFrequencies, Regularized
 
@@ -141,6 +141,8 @@ class SpectralKernel(nn.Module):
 
     def _decodes(self, call: AttentionCall) -> bool:
         """Whether a call looks like a step with a cache, where remembering keys pays."""
+        if not self.options.cache_features:
+            return False
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         if call.query.shape[2] >= call.key.shape[2]:
@@ -237,7 +239,7 @@ class ImplicitKernelAttention(Regularized, Mechanism):
         super().__init__(options, layer=layer, heads=heads, kv_heads=kv_heads)
         self.options = options = cast(ImplicitKernelConfig, options)
         square = Response("square", epsilon=options.epsilon)
-        self.response = Response("exp") if options.kernel == "rbf" else square
+        self.response = SOFTMAX if options.kernel == "rbf" else square
         self.kernel: SpectralKernel | None = None
         learned = options.needs_parameters
         if learned and (heads is None or kv_heads is None or head_dim is None):
