@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    BertConfig,
     BertForTokenClassification,
     GptOssConfig,
     GptOssForCausalLM,
@@ -162,16 +161,7 @@ def sinks() -> dict[str, float]:
 
 def bert(options: ImplicitKernelConfig) -> BertForTokenClassification:
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=tiny.VOCABULARY,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        initializer_range=0.5,
-        num_labels=3,
-    )
+    config = tiny.bert_config(num_labels=3)
     return hf_expressive.attach(BertForTokenClassification(config).eval(), options)
 
 

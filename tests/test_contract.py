@@ -10,7 +10,7 @@ import pytest
 import torch
 from architectures import checks, dense
 from architectures.builder import Case, build
-from tiny import VOCABULARY, llama, llama_config, logits, tokens
+from tiny import SIZES, llama, llama_config, logits, tokens
 from tolerances import LOGITS
 from torch import Tensor, nn
 from transformers import (
@@ -277,15 +277,8 @@ def test_padded_equals_unpadded(name: str, side: str) -> None:
 
 
 _SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **SIZES,
     "head_dim": 4,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.5,
     "attn_implementation": "expressive",
     "pad_token_id": 0,
 }

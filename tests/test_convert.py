@@ -24,7 +24,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tolerances import LOGITS
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
@@ -58,17 +57,7 @@ from reporting import Record, Run
 
 def bert(**options: Any) -> BertModel:
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=tiny.VOCABULARY,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        initializer_range=0.5,
-        **options,
-    )
-    return BertModel(config).eval()
+    return BertModel(tiny.bert_config(**options)).eval()
 
 
 def errors_of(transfer: AttentionTransfer) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCABULARY, llama, llava, tokens
+from tiny import SIZES, llama, llava, tokens
 from tolerances import LOGITS
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
@@ -29,18 +29,7 @@ from hf_expressive import ExpressiveConfig, ImplicitKernelConfig, attach, hooks
 from hf_expressive.masking import paged_ranges
 
 NEW = 6
-_SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.5,
-    "pad_token_id": 0,
-}
+_SIZES: dict[str, Any] = {**SIZES, "head_dim": 4, "pad_token_id": 0}
 _GPT_OSS = {"sliding_window": 3, "num_local_experts": 2, "num_experts_per_tok": 1}
 _DIRECT = ImplicitKernelConfig(kernel="direct", num_features=8)
 MODELS: dict[str, Any] = {

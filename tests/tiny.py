@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    BertConfig,
     CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -16,7 +17,8 @@ from transformers import (
 )
 
 VOCABULARY = 32
-_LLAMA: dict[str, Any] = {
+#: Of a decoder of two layers and four heads in groups of two.
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -26,18 +28,31 @@ _LLAMA: dict[str, Any] = {
     "max_position_embeddings": 64,
     # Scores of order one, so that what attention does shows in the logits.
     "initializer_range": 0.5,
-    "tie_word_embeddings": False,
 }
 
 
 def llama_config(**options: Any) -> LlamaConfig:
     """Two layers, four heads in groups of two."""
-    return LlamaConfig(**{**_LLAMA, **options})
+    return LlamaConfig(**{**SIZES, "tie_word_embeddings": False, **options})
 
 
 def llama(**options: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(llama_config(**options)).eval()
+
+
+def bert_config(**options: Any) -> BertConfig:
+    """Two layers, four heads."""
+    return BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        initializer_range=0.5,
+        **options,
+    )
 
 
 def llava(**options: Any) -> LlavaForConditionalGeneration:

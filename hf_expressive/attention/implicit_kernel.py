@@ -2,12 +2,13 @@
 
 Cost beside softmax attention: the features. A cache stores keys, not features; the features of cached
 keys are remembered from one decoding step to the next (see `key_memory`), in memory for d + 2M numbers
-a key, on GPUs a quarter more, beside the cache's 2d. Under `torch.compile` and in CUDA graphs they are
-computed again. Measured on one CPU core with 2048 cached keys, 8 heads of size 64 and M = 64, in
-processor time: a decoding step 6 to 8 ms (17 to 22 without remembering), against 2 to 4 ms for the RBF
-kernel and 0.6 ms for torch's softmax attention; a causal pass over 2048 tokens 200 to 270 ms, against
-130 to 170 and 70 ms. On an H200 with 32768 keys, batch 16, 32 query and 8 key/value heads of size 128:
-a step 1.1 ms (2.6 without remembering), against 0.47 ms for softmax attention.
+a key, on GPUs a quarter more, beside the cache's 2d, unless `cache_features` is off. Under
+`torch.compile` and in CUDA graphs they are computed again. Measured on one CPU core with 2048 cached
+keys, 8 heads of size 64 and M = 64, in processor time: a decoding step 6 to 8 ms (17 to 22 without
+remembering), against 2 to 4 ms for the RBF kernel and 0.6 ms for torch's softmax attention; a causal
+pass over 2048 tokens 200 to 270 ms, against 130 to 170 and 70 ms. On an H200 with 32768 keys, batch
+16, 32 query and 8 key/value heads of size 128: a step 1.1 ms (2.6 without remembering), against 0.47
+ms for softmax attention.
 
 Weight decay pulls frequencies, noise and exponents towards 0, which is the constant kernel (p = 2 for
 exponents), not a neutral choice. `Trainer` decays them like any weight unless they are taken out:
@@ -120,7 +121,10 @@ class SpectralKernel(nn.Module):
                 assert key_bias is not None
                 return kernel_features(key, frequencies, call.scaling), key_bias
 
-            if self._decodes(call) and call.key.is_cuda:
+            if not self._decodes(call):
+                self.memory.clear()
+                key, key_bias = of_keys(call.key)
+            elif call.key.is_cuda:
                 key, key_bias = self.memory.features(
                     call.key,
                     frequencies,
@@ -128,15 +132,12 @@ class SpectralKernel(nn.Module):
                     factor=unit_length(call.key, call.scaling),
                     magnitude_factor=0.5 * self._magnitude_scale(call.key, call.scaling),
                 )
-            elif self._decodes(call):
+            else:
                 others = (
                     torch.tensor(call.scaling, dtype=torch.float64),
                     torch.as_tensor(exponent),
                 )
                 key, key_bias = self.memory.compute(of_keys, call.key, (frequencies, *others))
-            else:
-                self.memory.clear()
-                key, key_bias = of_keys(call.key)
             return Evaluated(frequencies, key, key_bias, regularizer)
 
     def _decodes(self, call: AttentionCall) -> bool:

@@ -70,16 +70,16 @@ class KeyMemory:
         Args: see `ops.triton.cached_features.CachedFeatures.refresh`, whose results these are.
         """
         from ..ops.triton.cached_features import CachedFeatures
+        from ..ops.triton.features import batched_samples
 
-        samples = frequencies.float()
-        samples = samples[None] if samples.dim() == 4 else samples
+        samples = batched_samples(frequencies)
         # Not there while it is worked on: what an interruption leaves half made is not used again.
         kept, self._on_gpu = self._on_gpu, None
         if kept is None or not kept.fits(key, samples):
-            larger = CachedFeatures(key, samples)
-            if kept is not None and kept.is_shorter(larger):
-                larger.take_over(kept)
-            kept = larger
+            new = CachedFeatures(key, samples)
+            if kept is not None and kept.kind == new.kind:
+                new.take_over(kept)
+            kept = new
         results = kept.refresh(key, samples, p, factor, magnitude_factor)
         self._on_gpu = kept
         return results

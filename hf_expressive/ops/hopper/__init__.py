@@ -51,11 +51,11 @@ def unsupported(problem: AttentionProblem) -> str | None:
 
 def is_large(problem: AttentionProblem) -> bool:
     """Whether every multiprocessor gets a tile; else a call is over before it pays to plan it."""
-    from ..triton.launch import num_processors
+    from ..triton.launch import ceil_div, num_processors
     from .plan import ROWS
 
     batch, heads, num_queries, _ = problem.query.shape
-    return batch * heads * -(-num_queries // ROWS) >= num_processors(problem)
+    return batch * heads * ceil_div(num_queries, ROWS) >= num_processors(problem)
 
 
 @torch.compiler.assume_constant_result
@@ -128,8 +128,9 @@ def has_own_backward(problem: AttentionProblem) -> bool:
     Causal, one query head a key/value head, 2048 and 4096 tiles of keys, head size 128: 1.18 times as
     fast; 64: 1.06. With four query heads a key/value head 0.98. Other masks were not measured.
     """
+    from ..triton.launch import ceil_div
     from .gradient import KEYS
 
     batch, key_heads, num_keys, _ = problem.key.shape
     plain = problem.is_causal and problem.ranges is None and problem.sliding_window is None
-    return plain and problem.group == 1 and batch * key_heads * -(-num_keys // KEYS) >= 2048
+    return plain and problem.group == 1 and batch * key_heads * ceil_div(num_keys, KEYS) >= 2048

@@ -16,14 +16,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..problem import AttentionProblem
 from ..triton.launch import (
-    addressable,
     ceil_div,
     contiguous_float,
     element_strides,
+    is_foldable,
     key_runs,
     num_processors,
+    shown_keys,
 )
-from .plan import FIELDS, ROWS, Plan, plan
+from .launch import tiles
+from .plan import FIELDS, ROWS, Plan, plan, reach
 from .tiled_backward import backward_kernel
 
 #: Keys of a tile of `backward_kernel`.
@@ -33,7 +35,6 @@ KEYS = 128
 _BAND_BYTES = 32 * 2**20
 # The largest row that `prepare_kernel` divides by a tiny sum must stay below the largest bfloat16.
 _LARGEST_LOGARITHM = 87.0
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_keys"])
@@ -145,17 +146,15 @@ def gradients(
     scaled = query.dtype == torch.bfloat16
     power = int(problem.response.power)
     # As in the forward kernel; gradients without the scale would sink below the range of float16.
-    folded = scaled and problem.gain is None and 1e-4 <= abs(problem.scale) <= 1e4
+    folded = scaled and is_foldable(problem)
     inverse, final = 1.0, 2.0 * power
     if folded:
         inverse = problem.scale ** (-2 * power)
         final *= inverse
     elif problem.gain is None:
         final *= problem.scale
-    keys = runs = None
-    if ranges is not None and ranges.keys is not None:
-        keys = ranges.keys.contiguous().view(torch.uint8)
-        runs = key_runs(keys)
+    keys = shown_keys(problem)
+    runs = None if keys is None else key_runs(keys)
     key_tiles = ceil_div(num_keys, KEYS)
     spans = _spans(tables, keys, num_keys, key_tiles)
 
@@ -177,19 +176,18 @@ def gradients(
     row_bytes = size * (2 * query.element_size() + 4)
     band = max(1, _BAND_BYTES // (problem.group * num_queries * row_bytes))
     starts, ends = (tables.rows[0], tables.rows[1]) if ranges is not None else (None, None)
-    everything = num_queries + num_keys
-    window = everything if problem.sliding_window is None else problem.sliding_window
+    left, right = reach(problem)
     terms = _row_terms(delta)
     backward_kernel[(min(num_processors(problem), key_tiles * batch * key_heads),)](
-        _tiles(query, 64),
-        _tiles(key, KEYS // 2),
-        _tiles(value, KEYS // 2),
-        _tiles(rows_of_grad, 64),
+        tiles(query, 64),
+        tiles(key, KEYS // 2),
+        tiles(value, KEYS // 2),
+        tiles(rows_of_grad, 64),
         terms,
         terms if scaled else _row_terms(level),
-        _tiles(sums, 64, 64),
-        _tiles(grad_key, KEYS // 2),
-        _tiles(grad_value, KEYS // 2),
+        tiles(sums, 64, 64),
+        tiles(grad_key, KEYS // 2),
+        tiles(grad_value, KEYS // 2),
         spans,
         tables.tiles,
         tables.counter,
@@ -213,8 +211,8 @@ def gradients(
         tables.count,
         len(spans),
         num_keys - num_queries,
-        window,
-        1 if problem.is_causal else window,
+        left,
+        right,
         num_keys,
         SUBS=subs,
         STAGES=3,
@@ -242,14 +240,6 @@ def _spans(tables: Plan, keys: Tensor | None, num_keys: int, key_tiles: int) -> 
         KEYS=KEYS, FIELDS=FIELDS, num_warps=4,
     )  # fmt: skip
     return spans
-
-
-def _tiles(tensor: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
-    """Descriptor of tiles of a (B, heads, length, size) tensor, `rows` by the whole size or less."""
-    tensor, strides = addressable(tensor)
-    block = [1, 1, rows, columns or tensor.shape[-1]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[tensor.dtype])
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block, layout)
 
 
 def _row_terms(tensor: Tensor) -> TensorDescriptor:

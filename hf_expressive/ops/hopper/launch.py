@@ -8,7 +8,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..problem import AttentionProblem
-from ..triton.launch import addressable, contiguous_float, element_strides, num_processors
+from ..triton.launch import (
+    addressable,
+    contiguous_float,
+    element_strides,
+    is_foldable,
+    num_processors,
+    shown_keys,
+)
 from .plan import ROWS, plan
 from .tiled_forward import forward_kernel
 
@@ -18,6 +25,7 @@ HALF = ROWS // 2
 # Keys and values of the heads that programs work on at a time; they should stay in the L2 cache, of
 # which an H200 has 50 MiB. With all heads at once it thrashes (hit rate 42 % instead of 84 %).
 _BAND_BYTES = 16 * 2**20
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
 def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
@@ -32,24 +40,17 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     out = problem.query.new_empty(batch, heads, num_queries, value_size)
     log_normalizer = out.new_empty(batch, heads, num_queries, dtype=torch.float32)
     tables = plan(problem)
-    ranges = problem.ranges
-    keys = (
-        None
-        if ranges is None or ranges.keys is None
-        else ranges.keys.contiguous().view(torch.uint8)
-    )
+    keys = shown_keys(problem)
     gain, sinks = problem.gain, problem.sinks
     half_precision = problem.query.dtype == torch.float16
-    # Extreme factors would overflow their square, and a learned one may become extreme.
-    folded = gain is None and 1e-4 <= abs(problem.scale) <= 1e4
     pair_bytes = num_keys * (size + value_size) * problem.key.element_size()
     band = max(1, _BAND_BYTES // pair_bytes) * problem.group
     programs = min(num_processors(problem), tables.count * batch * heads)
     forward_kernel[(programs,)](
-        _tiles(problem.query, HALF),
-        _tiles(problem.key, KEYS),
-        _tiles(problem.value, KEYS),
-        _tiles(out, HALF),
+        tiles(problem.query, HALF),
+        tiles(problem.key, KEYS),
+        tiles(problem.value, KEYS),
+        tiles(out, HALF),
         log_normalizer,
         tables.tiles,
         tables.rows,
@@ -71,7 +72,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         KEYS=KEYS,
         STAGES=2 if size == 128 else 4,
         POWER=int(problem.response.power),
-        FOLDED=folded,
+        FOLDED=is_foldable(problem),
         # Keeps small weights out of the subnormal range of float16.
         LIFT=2.0**14 if half_precision else 1.0,
         num_warps=4,
@@ -79,10 +80,9 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     return out, log_normalizer
 
 
-def _tiles(tensor: Tensor, rows: int) -> TensorDescriptor:
-    """Descriptor of tiles of a (B, heads, length, size) tensor, `rows` by the whole size."""
+def tiles(tensor: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
+    """Descriptor of tiles of a (B, heads, length, size) tensor, `rows` by the whole size or less."""
     tensor, strides = addressable(tensor)
-    block = [1, 1, rows, tensor.shape[-1]]
-    dtype = gl.float16 if tensor.dtype == torch.float16 else gl.bfloat16
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    block = [1, 1, rows, columns or tensor.shape[-1]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[tensor.dtype])
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block, layout)

@@ -85,6 +85,13 @@ def plan_kernel(
         tl.store(counter, 0)
 
 
+def reach(problem: AttentionProblem) -> tuple[int, int]:
+    """(left, right): by causality and window a query at diagonal d sees d − left < j < d + right."""
+    everything = problem.query.shape[2] + problem.key.shape[2]
+    left = everything if problem.sliding_window is None else problem.sliding_window
+    return left, 1 if problem.is_causal else left
+
+
 def plan(problem: AttentionProblem) -> Plan:
     """The tables of a problem."""
     num_queries, num_keys = problem.query.shape[2], problem.key.shape[2]
@@ -99,9 +106,7 @@ def plan(problem: AttentionProblem) -> Plan:
     rows = new(2, patterns, count * ROWS, dtype=torch.int32)
     tiles = new(patterns, count, FIELDS, dtype=torch.int32)
     counter = new(1, dtype=torch.int32)
-    # A query at diagonal d sees d − left < j < d + right.
-    everything = num_queries + num_keys
-    window = everything if problem.sliding_window is None else problem.sliding_window
+    left, right = reach(problem)
     plan_kernel[(count, patterns)](
         start,
         end,
@@ -110,8 +115,8 @@ def plan(problem: AttentionProblem) -> Plan:
         counter,
         num_queries,
         num_keys,
-        window,
-        1 if problem.is_causal else window,
+        left,
+        right,
         ROWS=ROWS,
         FIELDS=FIELDS,
         num_warps=1,

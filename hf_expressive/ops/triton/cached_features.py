@@ -83,33 +83,14 @@ class CachedFeatures:
         )
         self.given: tuple[Tensor, Tensor | None] | None = None
         self.numbers: tuple[float, ...] = ()
-        self.caller = _caller(key)
+        self.kind = _kind(key, frequencies)
 
     def fits(self, key: Tensor, frequencies: Tensor) -> bool:
         """Whether there is room for these keys and their features, and nobody else may be reading."""
-        batch, heads, positions, dim = key.shape
-        *lead, rows, width = self.copy.shape
-        return (
-            self.caller == _caller(key)
-            and [batch, heads, dim] == [*lead, width]
-            and positions <= rows
-            and self.features.shape[-1] == 2 * frequencies.shape[-1]
-            and (self.copy.dtype, self.copy.device) == (key.dtype, key.device)
-        )
-
-    def is_shorter(self, other: CachedFeatures) -> bool:
-        """Whether another one differs in having room for more positions only."""
-        return (
-            self.caller == other.caller
-            and self.copy.shape[:2] == other.copy.shape[:2]
-            and self.copy.shape[3] == other.copy.shape[3]
-            and self.copy.shape[2] < other.copy.shape[2]
-            and self.features.shape[3] == other.features.shape[3]
-            and (self.copy.dtype, self.copy.device) == (other.copy.dtype, other.copy.device)
-        )
+        return self.kind == _kind(key, frequencies) and key.shape[2] <= self.copy.shape[2]
 
     def take_over(self, other: CachedFeatures) -> None:
-        """Copies what another one, with room for fewer positions, holds."""
+        """Copies what another one of this kind, with room for fewer positions, holds."""
         rows = other.copy.shape[2]
         for ours, theirs in (
             (self.copy, other.copy),
@@ -183,7 +164,12 @@ class CachedFeatures:
         return changed.int()
 
 
-def _caller(key: Tensor) -> Hashable:
-    """Whose calls come one after the other: the thread and its stream of work for the GPU."""
+def _kind(key: Tensor, frequencies: Tensor) -> Hashable:
+    """What two calls must have in common, whatever the number of keys, for one to go on from the other.
+
+    Among it who calls, the thread and its stream of work for the GPU: other calls may overlap.
+    """
+    batch, heads, _, dim = key.shape
     stream = torch.cuda.current_stream(key.device) if key.is_cuda else None
-    return threading.get_ident(), stream
+    sizes = batch, heads, dim, frequencies.shape[-1]
+    return sizes, key.dtype, key.device, threading.get_ident(), stream

@@ -63,10 +63,14 @@ def fused_features(x: Tensor, frequencies: Tensor, factor: float) -> Tensor:
     Returns:
         (batch, heads, positions, 2M), differentiable once in `x` and `frequencies`.
     """
-    shared = frequencies.dim() == 4
-    samples = frequencies.float()
-    result: Tensor = _forward(x, samples[None] if shared else samples, factor)
+    result: Tensor = _forward(x, batched_samples(frequencies), factor)
     return result
+
+
+def batched_samples(frequencies: Tensor) -> Tensor:
+    """Frequencies as the kernels take them: float32, with a batch dimension in front, 1 for all."""
+    samples = frequencies.float()
+    return samples[None] if samples.dim() == 4 else samples
 
 
 def _compute(x: Tensor, frequencies: Tensor, factor: float) -> Tensor:

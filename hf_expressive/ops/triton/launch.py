@@ -164,13 +164,28 @@ def _rule(
     )
 
 
+def is_foldable(problem: AttentionProblem) -> bool:
+    """Whether kernels may move the scale out of the scores.
+
+    An extreme one would overflow its powers, and a learned one may become extreme.
+    """
+    return problem.gain is None and 1e-4 <= abs(problem.scale) <= 1e4
+
+
+def shown_keys(problem: AttentionProblem) -> Tensor | None:
+    """`KeyRanges.keys` as the kernels read them: uint8, contiguous, (B or 1, N)."""
+    ranges = problem.ranges
+    if ranges is None or ranges.keys is None:
+        return None
+    return ranges.keys.contiguous().view(torch.uint8)
+
+
 def _rule_of(problem: AttentionProblem, *, steady: bool) -> Rule:
     return _rule(
         problem.response,
         problem.query.dtype,
         problem.dropout,
-        # Extreme scales would overflow, a learned one may become extreme.
-        foldable=problem.gain is None and 1e-4 <= abs(problem.scale) <= 1e4,
+        foldable=is_foldable(problem),
         capped=problem.softcap is not None,
         key_bias=problem.key_bias is not None,
         bias=problem.bias is not None,
@@ -335,11 +350,11 @@ class Call:
         """What the problem adds to scores and weights."""
         problem, ranges = self.problem, self.problem.ranges
         mask = None if problem.mask is None else problem.mask.view(torch.uint8)
-        start = end = keys = None
+        start = end = None
         if ranges is not None:
             start = ranges.start.to(torch.int32).contiguous()
             end = ranges.end.to(torch.int32).contiguous()
-            keys = None if ranges.keys is None else ranges.keys.contiguous().view(torch.uint8)
+        keys = shown_keys(problem)
         runs = None if keys is None else key_runs(keys)
         bias, sinks = problem.bias, problem.sinks
         bias_strides, mask_strides = element_strides(bias, 4), element_strides(mask, 4)
