@@ -22,6 +22,7 @@ from hf_expressive.ops import expressive_attention, reference, triton
 from hf_expressive.ops.dropout import keep_mask
 from hf_expressive.ops.problem import HIDDEN, AttentionProblem, KeyRanges
 from hf_expressive.ops.response import Response
+from hf_expressive.ops.triton import decode
 from hf_expressive.ops.triton.features import fused_features
 from hf_expressive.ops.triton.magnitude import fused_magnitude
 
@@ -248,6 +249,9 @@ CASES = [
     Case("float16, square", dtype=HALF, magnitude=4.0, options={"response": SQUARE, "scale": 1.0}),
     Case("float16, softmax", dtype=HALF, options={"response": EXP}),
     Case("decoding", DECODING),
+    Case("decoding, unsplit", (3, 4, 1, 1, 150, 24, 40)),
+    Case("decoding, unsplit, window, sinks", (1, 12, 3, 2, 150, 24, 40), options=CAUSAL | {"sliding_window": 40, "sinks": lambda draw: draw(1, 12, 1)}),
+    Case("decoding, unsplit, rows that see nothing", (3, 2, 1, 1, 70, 16, 16), options={"ranges": padded([0, 9, 70], [70, 9, 70], 1), "response": SQUARE}),
     Case("decoding, window, sinks", (1, 4, 2, 3, 150, 24, 40), options=CAUSAL | {"sliding_window": 40, "sinks": lambda draw: draw(1, 4, 1)}),
     Case("decoding, key bias", DECODING, options={"response": SQUARE, "key_bias": lambda draw: 5 * draw(2, 2, 150)}),
     Case("decoding, softmax", DECODING, options={"response": EXP}),
@@ -451,3 +455,14 @@ def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
     kept = KeyMemory().features(key, frequencies, 3.0, factor=0.5, magnitude_factor=0.5)
     made = fused_features(key, frequencies, 0.5), fused_magnitude(key, 3.0, 0.5)
     torch.testing.assert_close(kept, made)
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "splits"),
+    # On 132 processors: one split a head where the heads fill them, else as many as nearly do.
+    [(128, 64, 1), (8, 64, 16), (8, 4, 4), (100, 64, 5), (1, 1, 1), (1000, 64, 1)],
+)
+def test_decoding_takes_the_fewest_splits_that_keep_processors_busy(
+    rows: int, most: int, splits: int
+) -> None:
+    assert decode.num_splits(rows, most, 132) == splits
