@@ -118,9 +118,10 @@ class Stacked(nn.Module):
         return rms_norm(x, x.shape[-1:], eps=self.config.rms_norm_eps) * weight
 
     def _embed(self, ids: Tensor, table: Tensor) -> Tensor:
-        replicas, _, width = table.shape
-        index = ids.flatten(1).unsqueeze(-1).expand(-1, -1, width)
-        return table.gather(1, index).view(replicas, *ids.shape[1:], width)
+        # A product: the gradient of a lookup adds hundreds of thousands of rows to a few dozen.
+        symbols = torch.arange(table.shape[1], device=ids.device)
+        chosen = (ids.flatten(1).unsqueeze(-1) == symbols).to(table.dtype)
+        return torch.bmm(chosen, table).unflatten(1, ids.shape[1:])
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention of (R, B, T, W) each, all heads of all replicas in one call."""
