@@ -324,7 +324,7 @@ class _Namespace:
         """What stands for functions of the source that are inline assembly."""
         return {
             "_add": self.add, "arrivals": self.arrivals, "publish": self.publish,
-            "reciprocal": lambda x: 1.0 / x,
+            "reciprocal": lambda x: 1.0 / x, "rounded": lambda x: x.bfloat16(),
             "as_multiplied": lambda x, dtype, lift: (x * lift).to(dtype).float() / lift,
         }  # fmt: skip
 

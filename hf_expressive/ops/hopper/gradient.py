@@ -117,18 +117,26 @@ def finish_kernel(
     sums, tiles, grad_query, final, heads, num_queries, patterns,
     SIZE: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of queries: its float32 sum times a constant, 0 where it sees no key."""
+    """dq of a tile of queries: its float32 sum times a constant, 0 where it sees no key.
+
+    `tiled_backward` wrote 64 × 64 elements at a time, in the order of its `store_part`.
+    """
     row = tl.program_id(0)
     pattern = tl.minimum(row // heads, patterns - 1)
     entry = tiles + (pattern * tl.num_programs(1) + tl.program_id(1)) * FIELDS
     seen = tl.load(entry + 1) > tl.load(entry) // KEYS * KEYS
+    place = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (ROWS * SIZE)
+    total = tl.load(sums + place + tl.arange(0, ROWS * SIZE))
+    total = total.reshape(ROWS // 64, SIZE // 64, 4, 4, 4, 2, 2, 4, 2, 2)
+    total = total.permute(0, 3, 8, 4, 6, 1, 5, 2, 7, 9).reshape(ROWS, SIZE)
+    total = tl.where(seen, total * final, 0.0)
     query = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     size = tl.arange(0, SIZE)
     place = (row.to(tl.int64) * num_queries + query)[:, None] * SIZE + size[None, :]
-    inside = (query < num_queries)[:, None] & (size >= 0)[None, :]
-    total = tl.load(sums + place, mask=inside, other=0.0) * final
-    total = tl.where(seen, total, 0.0)
-    tl.store(grad_query + place, total.to(grad_query.dtype.element_ty), mask=inside)
+    tl.store(
+        grad_query + place, total.to(grad_query.dtype.element_ty),
+        mask=(query < num_queries)[:, None] & (size >= 0)[None, :],
+    )  # fmt: skip
 
 
 def gradients(
@@ -140,8 +148,7 @@ def gradients(
     key_heads, num_keys = key.shape[1:3]
     tables = plan(problem)
     # 64 queries a step, or twice as many where they are half as wide.
-    subs = 128 // size
-    rows = 64 * subs
+    rows = 64 * (128 // size)
     parts = ROWS // rows
     scaled = query.dtype == torch.bfloat16
     power = int(problem.response.power)
@@ -170,24 +177,25 @@ def gradients(
         heads, num_queries, *grad_out.stride(), _LARGEST_LOGARITHM,
         SIZE=size, QUERIES=rows,
     )  # fmt: skip
-    sums = new(batch, heads, num_queries, size, dtype=torch.float32)
+    # Whole tiles, because their elements are in an order of their own: 128 × 64 for each step.
+    sums = new(batch * heads, tables.count * parts * 128, 64, dtype=torch.float32)
     grad_key = new(batch, key_heads, num_keys, size)
     grad_value = new(batch, key_heads, num_keys, size)
     row_bytes = size * (2 * query.element_size() + 4)
     band = max(1, _BAND_BYTES // (problem.group * num_queries * row_bytes))
     starts, ends = (tables.rows[0], tables.rows[1]) if ranges is not None else (None, None)
     left, right = reach(problem)
-    terms = _row_terms(delta)
+    delta_pieces = _pieces(delta, 1, rows)
     backward_kernel[(min(num_processors(problem), key_tiles * batch * key_heads),)](
-        tiles(query, 64),
-        tiles(key, KEYS // 2),
-        tiles(value, KEYS // 2),
-        tiles(rows_of_grad, 64),
-        terms,
-        terms if scaled else _row_terms(level),
-        tiles(sums, 64, 64),
-        tiles(grad_key, KEYS // 2),
-        tiles(grad_value, KEYS // 2),
+        tiles(query, rows),
+        tiles(key, KEYS),
+        tiles(value, KEYS),
+        tiles(rows_of_grad, rows),
+        delta_pieces,
+        delta_pieces if scaled else _pieces(level, 1, rows),
+        _pieces(sums, 1, 128, 64),
+        tiles(grad_key, KEYS),
+        tiles(grad_value, KEYS),
         spans,
         tables.tiles,
         tables.counter,
@@ -214,13 +222,12 @@ def gradients(
         left,
         right,
         num_keys,
-        SUBS=subs,
         STAGES=3,
         POWER=power,
         FOLDED=folded,
         SCALED=scaled,
         SINGLE=problem.sinks is None,
-        num_warps=4,
+        num_warps=8,
     )
     grad_query = torch.empty_like(out)
     finish_kernel[(batch * heads, tables.count)](
@@ -242,7 +249,7 @@ def _spans(tables: Plan, keys: Tensor | None, num_keys: int, key_tiles: int) -> 
     return spans
 
 
-def _row_terms(tensor: Tensor) -> TensorDescriptor:
-    """Descriptor of pieces of the rows of a float32 matrix."""
-    layout = gl.NVMMASharedLayout(0, 32, 2)
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 64], layout)
+def _pieces(tensor: Tensor, *block: int) -> TensorDescriptor:
+    """Descriptor of blocks of a contiguous float32 tensor."""
+    layout = gl.NVMMASharedLayout(128 if len(block) > 2 else 0, 32, len(block))
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layout)

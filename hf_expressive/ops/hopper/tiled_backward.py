@@ -5,19 +5,20 @@ one head, keeps dk and dv in registers and steps through the queries that see so
 
     Sᵀ = K·Qᵀ    dPᵀ = V·doutᵀ − δ    dv += Pᵀ·dout    dSᵀ = slope · dPᵀ    dk += dSᵀ·Q    dq = dS·K
 
-Each of two consumer warp groups owns 64 of the keys; P stays in registers, dS goes through shared
-memory, because dq needs all 128 keys. A step multiplies for two tiles of queries, so that the product
-units are busy while weights are computed:
+Two consumer warp groups own 64 of the keys each; P stays in registers, dS goes through shared memory,
+because dq needs all 128 keys. A step works on two tiles of queries, so that the product units always
+have something before them while the consumers do something else:
 
-    Sᵀ of this tile, dq and dk of the tile before      asynchronous; dq leaves for shared memory
-    dPᵀ of this tile                                   asynchronous, while weights are computed
-    dv of this tile                                    asynchronous, while dS is computed and stored
+    Sᵀ of this tile                          while dS of the tile before reaches shared memory
+    dq and dk of the tile before             while weights and slopes are computed
+    dv of this tile                          while dq is stored for the writer
+    dPᵀ of this tile, then dS
 
-A writer warp adds dq to a float32 sum in global memory by bulk copies. Tiles of queries receive the
-parts of their keys from the last keys to the first, always in this order: a counter a tile of queries
-says whose turn it is. Programs take the tiles of a head in the same order, so a program only ever
-waits for one that started earlier; with causality later keys also begin with later queries, and the
-turns come round by themselves.
+A writer warp adds dq to a float32 sum in global memory by bulk copies. A tile of queries receives the
+parts of its keys in a fixed order, from the last keys to the first (in the last band of heads from the
+first to the last); a counter a tile of queries says whose turn it is. Programs take the tiles of a head
+in the same order from a counter, so a program only ever waits for one that started earlier. With
+causality later keys also begin with later queries, and the turns come round by themselves.
 """
 
 from __future__ import annotations
@@ -39,9 +40,8 @@ from .tiled_forward import _load, _store, reciprocal
 
 _FIELDS = gl.constexpr(FIELDS)
 _ROWS = gl.constexpr(ROWS)
-#: Keys of a tile, and of a consumer.
+#: Keys of a tile.
 _KEYS = gl.constexpr(128)
-_HALF = gl.constexpr(64)
 
 
 @builtin
@@ -75,7 +75,11 @@ def nothing(step):
 
 @gluon.jit
 def publish(pointer, PENDING: gl.constexpr):
-    """Waits until all but the last `PENDING` bulk copies are in global memory, raises the counter."""
+    """Waits until all but the last `PENDING` bulk copies are in global memory, raises the counter.
+
+    Relaxed as well: what is complete is in the L2 cache, where the counter is raised; a release would
+    take the writer a fifth of a step.
+    """
     gl.inline_asm_elementwise(
         """{
         .reg .pred p;
@@ -86,7 +90,7 @@ def publish(pointer, PENDING: gl.constexpr):
         bar.warp.sync 0xffffffff;
         mov.u32 lane, %laneid;
         setp.eq.u32 p, lane, 0;
-        @p red.release.gpu.global.add.u32 [$1], 1;
+        @p red.relaxed.gpu.global.add.u32 [$1], 1;
         mov.u32 $0, 0;
         }""",
         "=r,l", [pointer], dtype=gl.int32, is_pure=False, pack=1,
@@ -94,28 +98,42 @@ def publish(pointer, PENDING: gl.constexpr):
 
 
 @gluon.jit
+def rounded(x):
+    """x in bfloat16, here and now.
+
+    Until they are needed slopes do not fit into the registers as float32; and the compiler would put
+    off the conversion, or the whole computation, until then.
+    """
+    return gl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.bfloat16, is_pure=False, pack=2
+    )
+
+
+@gluon.jit
 def weight_and_slope(
-    score, factor, inverse, level, DTYPE: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr
+    score, factor, inverse, level, DTYPE: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr,
+    SCALED: gl.constexpr,
 ):
     """g in the dtype of the products and g' without its constant, of z = factor · score.
 
     See `tiled_forward`. Rounded at once, because all of this takes many registers. level: what both
-    are multiplied by, or `None`.
+    are multiplied by unless `SCALED`.
     """
     if not FOLDED:
         score = score * factor
-    raised = score * score
-    over = score
+    root = score
     if POWER == 2:
-        raised = gl.minimum(raised, 1e18)
-        over = score * raised
-        raised = raised * raised
-    rest = reciprocal(raised + inverse)
-    weight = raised * rest
-    slope = over * rest * rest
-    if level is not None:
-        weight = weight * level
-        slope = slope * level
+        root = gl.minimum(score * score, 1e18)
+    # g = root² / (root² + inverse) and g' ∝ g / (score · (root² + inverse)) share a factor.
+    rest = reciprocal(root * root + inverse)
+    slope = root * rest
+    weight = root * slope
+    if POWER == 2:
+        slope = slope * score
+    slope = slope * rest
+    if not SCALED:
+        weight = weight * level[None, :]
+        slope = slope * level[None, :]
     return weight.to(DTYPE), slope
 
 
@@ -137,7 +155,7 @@ def hide(score, query, item, tensors, limits, SCORE: gl.constexpr):
     """The scores of a tile, 0 (weight and slope 0) where the key is hidden."""
     shown = tensors[3]
     start, end = bounds_of(query, item, tensors, limits)
-    key = item[0] + gl.arange(0, _HALF, gl.SliceLayout(1, SCORE))
+    key = item[0] + gl.arange(0, _KEYS, gl.SliceLayout(1, SCORE))
     visible = (key[:, None] >= start[None, :]) & (key[:, None] < end[None, :])
     if shown is not None:
         known = gl.load(shown + item[4] + key, mask=key < item[3], other=0) != 0
@@ -184,7 +202,7 @@ def next_item(buffers, barriers, turn, WARPS: gl.constexpr):
 @gluon.jit
 def producer(
     descriptors, buffers, barriers, spans, table, counter, shape,
-    SUBS: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
+    STAGES: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     query_tiles, key_tiles, value_tiles, grad_tiles, delta_tiles, level_tiles = (
         descriptors[0], descriptors[1], descriptors[2], descriptors[3], descriptors[4], descriptors[5],
@@ -200,7 +218,7 @@ def producer(
     total, key_heads, group, patterns, query_tiles_count = (
         shape[0] * shape[1], shape[3], shape[4], shape[5], shape[6],
     )  # fmt: skip
-    QUERIES: gl.constexpr = SUBS * _HALF
+    QUERIES: gl.constexpr = query_tiles.block_shape[2]
     PER: gl.constexpr = _ROWS // QUERIES
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     TERMS: gl.constexpr = delta_tiles.block_type.nbytes * (1 if SCALED else 2)
@@ -220,11 +238,10 @@ def producer(
             key_start = tile * _KEYS
             entries = table + gl.minimum(batch, patterns - 1) * query_tiles_count * _FIELDS
             mbarrier.wait(keys_out, (turn & 1) ^ 1)
-            mbarrier.expect(keys_in, 4 * key_tiles.block_type.nbytes)
-            for half in gl.static_range(2):
-                at = [batch, key_head, key_start + half * _HALF, 0]
-                _load(key_tiles, at, keys_in, key_buffer.index(half))
-                _load(value_tiles, at, keys_in, value_buffer.index(half))
+            mbarrier.expect(keys_in, 2 * key_tiles.block_type.nbytes)
+            at = [batch, key_head, tile * _KEYS, 0]
+            _load(key_tiles, at, keys_in, key_buffer.index(0))
+            _load(value_tiles, at, keys_in, value_buffer.index(0))
             for member in range(group):
                 head = key_head * group + member
                 for n in range(first * PER, last * PER):
@@ -243,26 +260,20 @@ def producer(
                         stage = step % STAGES
                         ready = queries_in.index(stage)
                         mbarrier.wait(queries_out.index(stage), ((step // STAGES) & 1) ^ 1)
-                        mbarrier.expect(ready, SUBS * query_tiles.block_type.nbytes)
-                        for sub in gl.static_range(SUBS):
-                            _load(
-                                query_tiles, [batch, head, i * QUERIES + sub * _HALF, 0], ready,
-                                query_buffer.index(stage * SUBS + sub),
-                            )  # fmt: skip
+                        mbarrier.expect(ready, query_tiles.block_type.nbytes)
+                        query = i * QUERIES
+                        _load(
+                            query_tiles, [batch, head, query, 0], ready, query_buffer.index(stage)
+                        )
                         stage = step & 1
                         ready = grads_in.index(stage)
+                        flat_head = batch * key_heads * group + head
                         mbarrier.wait(grads_out.index(stage), ((step >> 1) & 1) ^ 1)
-                        mbarrier.expect(ready, SUBS * (grad_tiles.block_type.nbytes + TERMS))
-                        for sub in gl.static_range(SUBS):
-                            query = i * QUERIES + sub * _HALF
-                            flat_head = batch * key_heads * group + head
-                            to = stage * SUBS + sub
-                            _load(grad_tiles, [batch, head, query, 0], ready, grad_buffer.index(to))
-                            _load(delta_tiles, [flat_head, query], ready, delta_buffer.index(to))
-                            if not SCALED:
-                                _load(
-                                    level_tiles, [flat_head, query], ready, level_buffer.index(to)
-                                )
+                        mbarrier.expect(ready, grad_tiles.block_type.nbytes + TERMS)
+                        _load(grad_tiles, [batch, head, query, 0], ready, grad_buffer.index(stage))
+                        _load(delta_tiles, [flat_head, query], ready, delta_buffer.index(stage))
+                        if not SCALED:
+                            _load(level_tiles, [flat_head, query], ready, level_buffer.index(stage))
                         partial = (key_start < inner_start) | (key_start + _KEYS > inner_end)
                         partial = partial | (hole != 0)
                         code = 2 * i + partial.to(gl.int32)
@@ -277,14 +288,13 @@ def producer(
 
 @gluon.jit
 def writer(
-    sum_tiles, buffers, barriers, spans, table, turns, shape, SUBS: gl.constexpr
-):  # fmt: skip
+    sum_tiles, buffers, barriers, spans, table, turns, shape, QUERIES: gl.constexpr
+):
     sum_buffer = buffers[9]
     sum_in, sum_out = barriers[6], barriers[7]
     total, key_heads, group, patterns, query_tiles_count = (
         shape[0] * shape[1], shape[3], shape[4], shape[5], shape[6],
     )  # fmt: skip
-    QUERIES: gl.constexpr = SUBS * _HALF
     PER: gl.constexpr = _ROWS // QUERIES
     step = 0
     turn = 0
@@ -298,48 +308,44 @@ def writer(
         entries = table + gl.minimum(batch, patterns - 1) * query_tiles_count * _FIELDS
         for member in range(group):
             head = row % key_heads * group + member
-            own_turns = turns + (batch * key_heads * group + head) * query_tiles_count * PER
+            flat_head = batch * key_heads * group + head
+            own_turns = turns + flat_head * query_tiles_count * PER
             start = gl.where(rising, last - 1, first)
             low = gl.load(entries + start * _FIELDS)
             high = gl.load(entries + start * _FIELDS + 1)
+            arrived = arrivals(own_turns + gl.where(rising, last * PER - 1, first * PER))
             # The tile whose part is on its way, not known to have arrived.
             sent = -1
             for n in range(first * PER, last * PER):
                 i = gl.where(rising, (first + last) * PER - 1 - n, n)
                 touched = (low < key_start + _KEYS) & (high > key_start)
                 before = gl.where(rising, tile - low // _KEYS, gl.cdiv(high, _KEYS) - 1 - tile)
-                following = gl.minimum(n + 1, last * PER - 1)
-                following = gl.where(rising, (first + last) * PER - 1 - following, following)
-                following = entries + following // PER * _FIELDS
-                low = gl.load(following)
-                high = gl.load(following + 1)
                 if touched:
-                    arrived = arrivals(own_turns + i)
                     if (arrived < before) & (sent >= 0):
                         publish(own_turns + sent, "0")
                         sent = -1
                     while arrived < before:
                         arrived = arrivals(own_turns + i)
                     mbarrier.wait(sum_in, step & 1)
-                    for part in gl.static_range(2):
-                        if QUERIES == 64:
-                            at = [batch, head, i * QUERIES, part * 64]
-                        else:
-                            at = [batch, head, i * QUERIES + part * 64, 0]
-                        if before == 0:
-                            _store(sum_tiles, at, sum_buffer.index(part))
-                        else:
-                            _add(sum_tiles, at, sum_buffer.index(part))
+                    if before == 0:
+                        _store(sum_tiles, [flat_head, i * 128, 0], sum_buffer)
+                    else:
+                        _add(sum_tiles, [flat_head, i * 128, 0], sum_buffer)
                     tma.store_wait(0)
                     mbarrier.arrive(sum_out, count=1)
                     if sent >= 0:
-                        publish(own_turns + sent, "2")
+                        publish(own_turns + sent, "1")
                     sent = i
                     step += 1
                 elif count == 0:
                     mbarrier.wait(sum_in, step & 1)
                     mbarrier.arrive(sum_out, count=1)
                     step += 1
+                following = gl.minimum(n + 1, last * PER - 1)
+                following = gl.where(rising, (first + last) * PER - 1 - following, following)
+                low = gl.load(entries + following // PER * _FIELDS)
+                high = gl.load(entries + following // PER * _FIELDS + 1)
+                arrived = arrivals(own_turns + following)
             if sent >= 0:
                 publish(own_turns + sent, "0")
         turn += 1
@@ -347,162 +353,169 @@ def writer(
 
 
 @gluon.jit
-def weigh(
-    scores, key_sum, value_sum, step, before, member, buffers, barriers, item, tensors, limits,
-    terms, part: gl.constexpr, SUBS: gl.constexpr, STAGES: gl.constexpr, POWER: gl.constexpr,
-    FOLDED: gl.constexpr, SCALED: gl.constexpr, FIRST: gl.constexpr,
-):  # fmt: skip
-    """The part of a step that starts with its scores: dPᵀ, dv, dS. Returns the sums for dk and dv.
+def terms_of(buffers, step, SCALED: gl.constexpr):
+    """(twice the tile of queries and one more if keys are hidden from some, δ, 1 / normaliser)."""
+    delta_buffer, level_buffer, code_buffer = buffers[4], buffers[5], buffers[7]
+    QUERIES: gl.constexpr = buffers[0].shape[3]
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    ROW: gl.constexpr = gl.SliceLayout(
+        0, gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
+    )
+    code = gl.max(code_buffer.index(step & 1).load(ONE), 0)
+    delta = delta_buffer.index(step & 1).reshape([QUERIES]).load(ROW)
+    level = delta
+    if not SCALED:
+        level = level_buffer.index(step & 1).reshape([QUERIES]).load(ROW)
+    return code, delta, level
 
-    Without `FIRST`, `key_sum` is still being added to with the queries of the step before, which are
-    released.
-    """
-    grad_buffer, level_buffer, code_buffer, slope_buffer = (
-        buffers[3], buffers[5], buffers[7], buffers[8],
+
+@gluon.jit
+def scores_of(buffers, step, STAGES: gl.constexpr):
+    """Starts K·Qᵀ."""
+    query_buffer, key_buffer = buffers[0], buffers[1]
+    QUERIES: gl.constexpr = query_buffer.shape[3]
+    SIZE: gl.constexpr = query_buffer.shape[4]
+    SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
+    queries = query_buffer.index(step % STAGES).reshape([QUERIES, SIZE])
+    return warpgroup_mma(
+        key_buffer.index(nothing(step)).reshape([_KEYS, SIZE]), queries.permute((1, 0)),
+        gl.zeros([_KEYS, QUERIES], gl.float32, SCORE), use_acc=False, is_async=True,
     )  # fmt: skip
-    queries_out, grads_in, slope_in = barriers[3], barriers[4], barriers[10]
-    gain = tensors[0]
-    scale, inverse, single = terms[0], terms[1], terms[2]
+
+
+@gluon.jit
+def bracket_of(delta, buffers, step):
+    """Starts V·doutᵀ − δ."""
+    value_buffer, grad_buffer = buffers[2], buffers[3]
+    QUERIES: gl.constexpr = grad_buffer.shape[3]
     SIZE: gl.constexpr = grad_buffer.shape[4]
-    DTYPE: gl.constexpr = grad_buffer.dtype
-    SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 16])
-    WEIGHT: gl.constexpr = gl.DotOperandLayout(0, SUM, 2)
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    slot = step & 1
-    mbarrier.wait(grads_in.index(slot), (step >> 1) & 1)
-    grad_weight = bracket(buffers, step, 0, part, SUBS, SCORE)
-    if FIRST:
-        if SUBS == 2:
-            scores = warpgroup_mma_wait(1, deps=[scores[0], scores[1]])
-        else:
-            scores = (warpgroup_mma_wait(1, deps=[scores[0]]),)
-    code = gl.max(code_buffer.index(slot).load(ONE), 0)
-    factor = scale
+    SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
+    grads = grad_buffer.index(step & 1).reshape([QUERIES, SIZE])
+    return warpgroup_mma(
+        value_buffer.index(nothing(step)).reshape([_KEYS, SIZE]), grads.permute((1, 0)),
+        gl.zeros([_KEYS, QUERIES], gl.float32, SCORE) - delta[None, :], is_async=True,
+    )  # fmt: skip
+
+
+@gluon.jit
+def weigh(
+    score, code, level, member, item, terms, tensors, limits, DTYPE: gl.constexpr,
+    POWER: gl.constexpr, FOLDED: gl.constexpr, SCALED: gl.constexpr,
+):  # fmt: skip
+    """Weights, as an operand, and slopes of a step."""
+    QUERIES: gl.constexpr = score.shape[1]
+    SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
+    gain = tensors[0]
+    factor = terms[0]
     if gain is not None:
         factor = factor * gl.load(gain + item[5] + member)
-    for sub in gl.static_range(SUBS):
-        score = scores[sub]
-        level = None
-        if not SCALED:
-            level = level_buffer.index(slot * SUBS + sub).load(SCORE)
-        query = ((code >> 1) * SUBS + sub) * _HALF + gl.arange(0, _HALF, gl.SliceLayout(0, SCORE))
-        if code & 1:
-            score = hide(score, query, item, tensors, limits, SCORE)
-        weight, slope = weight_and_slope(score, factor, inverse, level, DTYPE, POWER, FOLDED)
-        if gain is not None:
-            slope = slope * factor
-        value_sum = warpgroup_mma(
-            gl.convert_layout(weight, WEIGHT),
-            grad_buffer.index(slot * SUBS + sub).reshape([_HALF, SIZE]), value_sum, is_async=True,
-        )  # fmt: skip
-        if FIRST or sub > 0:
-            grad_weight = warpgroup_mma_wait(1, deps=[grad_weight])
-        else:
-            grad_weight, key_sum = warpgroup_mma_wait(1, deps=[grad_weight, key_sum])
-            mbarrier.arrive(queries_out.index(before % STAGES), count=1)
-        grad_score = grad_weight
-        if sub + 1 < SUBS:
-            grad_weight = bracket(buffers, step, sub + 1, part, SUBS, SCORE)
-        if single:  # noqa: SIM102 - decided at compile time
-            if code & 1:
-                # The bracket of a row that sees one key is a difference of two roundings.
-                start, end = bounds_of(query, item, tensors, limits)
-                grad_score = gl.where((end - start > 1)[None, :], grad_score, 0.0)
-        slope_buffer.index((slot * 2 + part) * SUBS + sub).store((slope * grad_score).to(DTYPE))
-    fence_async_shared()
-    mbarrier.arrive(slope_in.index(slot), count=1)
-    return key_sum, value_sum
+    if code & 1:
+        query = (code >> 1) * QUERIES + gl.arange(0, QUERIES, gl.SliceLayout(0, SCORE))
+        score = hide(score, query, item, tensors, limits, SCORE)
+    weight, slope = weight_and_slope(score, factor, terms[1], level, DTYPE, POWER, FOLDED, SCALED)
+    if gain is not None:
+        slope = slope * factor
+    if SCALED:
+        slope = rounded(slope)
+    return weight, slope
 
 
 @gluon.jit
-def bracket(
-    buffers, step, sub: gl.constexpr, part: gl.constexpr, SUBS: gl.constexpr, SCORE: gl.constexpr
-):
-    """Starts V·doutᵀ − δ."""
-    value_buffer, grad_buffer, delta_buffer = buffers[2], buffers[3], buffers[4]
+def add_to_values(value_sum, weight, buffers, step):
+    """Starts value_sum + Pᵀ·dout."""
+    grad_buffer = buffers[3]
+    QUERIES: gl.constexpr = grad_buffer.shape[3]
     SIZE: gl.constexpr = grad_buffer.shape[4]
-    place_of = (step & 1) * SUBS + sub
-    delta = delta_buffer.index(place_of).load(SCORE)
+    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, SIZE, 16])
     return warpgroup_mma(
-        value_buffer.index(part + nothing(step)).reshape([_HALF, SIZE]),
-        grad_buffer.index(place_of).reshape([_HALF, SIZE]).permute((1, 0)),
-        gl.zeros([_HALF, _HALF], gl.float32, SCORE) - delta, is_async=True,
+        gl.convert_layout(weight, gl.DotOperandLayout(0, SUM, 2)),
+        grad_buffer.index(step & 1).reshape([QUERIES, SIZE]), value_sum, is_async=True,
     )  # fmt: skip
 
 
 @gluon.jit
-def scores_of(buffers, step, part: gl.constexpr, SUBS: gl.constexpr, STAGES: gl.constexpr):
-    """Starts K·Qᵀ for each 64 queries of a step."""
-    query_buffer, key_buffer = buffers[0], buffers[1]
-    SIZE: gl.constexpr = key_buffer.shape[4]
-    SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    zero = gl.zeros([_HALF, _HALF], gl.float32, SCORE)
-    keys = key_buffer.index(part + nothing(step)).reshape([_HALF, SIZE])
-    start = step % STAGES * SUBS
-    first = warpgroup_mma(
-        keys, query_buffer.index(start).reshape([_HALF, SIZE]).permute((1, 0)), zero,
-        use_acc=False, is_async=True,
-    )  # fmt: skip
-    if SUBS == 1:
-        return (first,)
-    else:
-        second = warpgroup_mma(
-            keys, query_buffer.index(start + 1).reshape([_HALF, SIZE]).permute((1, 0)), zero,
-            use_acc=False, is_async=True,
-        )  # fmt: skip
-        return (first, second)
-
-
-@gluon.jit
-def add_to_keys(
-    key_sum, buffers, step, part: gl.constexpr, SUBS: gl.constexpr, STAGES: gl.constexpr
+def store_slope(
+    bracket, slope, code, buffers, step, item, tensors, limits, SINGLE: gl.constexpr
 ):
-    """Starts key_sum + dSᵀ·Q, one product for each 64 queries."""
-    query_buffer, slope_buffer = buffers[0], buffers[8]
-    SIZE: gl.constexpr = query_buffer.shape[4]
-    for sub in gl.static_range(SUBS):
-        key_sum = warpgroup_mma(
-            slope_buffer.index(((step & 1) * 2 + part) * SUBS + sub),
-            query_buffer.index(step % STAGES * SUBS + sub).reshape([_HALF, SIZE]), key_sum,
-            is_async=True,
-        )  # fmt: skip
-    return key_sum
+    """dSᵀ to shared memory; before the barrier of the next arrival, so that both warp groups may read it."""
+    slope_buffer = buffers[8]
+    QUERIES: gl.constexpr = bracket.shape[1]
+    if SINGLE:  # noqa: SIM102 - decided at compile time
+        if code & 1:
+            # The bracket of a row that sees one key is a difference of two roundings.
+            SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
+            query = (code >> 1) * QUERIES + gl.arange(0, QUERIES, gl.SliceLayout(0, SCORE))
+            start, end = bounds_of(query, item, tensors, limits)
+            bracket = gl.where((end - start > 1)[None, :], bracket, 0.0)
+    slope_buffer.index(step & 1).store((slope.to(gl.float32) * bracket).to(slope_buffer.dtype))
+    fence_async_shared()
 
 
 @gluon.jit
-def send(query_sum, step, buffers, barriers, part: gl.constexpr):
-    """Hands a part of dq to the writer."""
-    mbarrier.wait(barriers[7], (step & 1) ^ 1)
-    buffers[9].index(part).reshape([64, 64]).store(query_sum)
-    fence_async_shared()
-    mbarrier.arrive(barriers[6], count=1)
+def part_of_queries(buffers, step):
+    """Starts dS·K; each warp group computes 64 × 64 of it."""
+    key_buffer, slope_buffer = buffers[1], buffers[8]
+    QUERIES: gl.constexpr = buffers[0].shape[3]
+    SIZE: gl.constexpr = buffers[0].shape[4]
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [QUERIES // 16, 128 // QUERIES], [16, 64, 16]
+    )
+    return warpgroup_mma(
+        slope_buffer.index(step & 1).permute((1, 0)),
+        key_buffer.index(nothing(step)).reshape([_KEYS, SIZE]),
+        gl.zeros([QUERIES, SIZE], gl.float32, LAYOUT), use_acc=False, is_async=True,
+    )  # fmt: skip
+
+
+@gluon.jit
+def add_to_keys(key_sum, buffers, step, STAGES: gl.constexpr):
+    """Starts key_sum + dSᵀ·Q."""
+    query_buffer, slope_buffer = buffers[0], buffers[8]
+    QUERIES: gl.constexpr = query_buffer.shape[3]
+    SIZE: gl.constexpr = query_buffer.shape[4]
+    queries = query_buffer.index(step % STAGES).reshape([QUERIES, SIZE])
+    return warpgroup_mma(slope_buffer.index(step & 1), queries, key_sum, is_async=True)
+
+
+@gluon.jit
+def store_part(query_part, buffers):
+    """dq of a step to shared memory, in an order in which a thread writes 16 bytes at a time.
+
+    Of the 64 rows (4 warps, 2, 8 in lanes) and 64 columns (8, 4 in lanes, 2) of a warp group the two
+    rows and two columns come to lie beside each other; `finish_kernel` undoes it.
+    """
+    QUERIES: gl.constexpr = buffers[0].shape[3]
+    split = query_part.reshape([QUERIES // 64, 4, 2, 4, 2, 128 // QUERIES, 2, 4, 4, 2])
+    shuffled = split.permute((0, 5, 7, 1, 3, 6, 4, 8, 2, 9)).reshape([1, 128, 64])
+    buffers[9].store(shuffled)
 
 
 @gluon.jit
 def consumer(
-    part: gl.constexpr, out_tiles, buffers, barriers, spans, terms, tensors, limits, shape,
-    SUBS: gl.constexpr, STAGES: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr,
-    SCALED: gl.constexpr,
+    out_tiles, buffers, barriers, spans, terms, tensors, limits, shape,
+    STAGES: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr, SCALED: gl.constexpr,
+    SINGLE: gl.constexpr,
 ):  # fmt: skip
-    query_buffer, key_buffer, value_buffer = buffers[0], buffers[1], buffers[2]
-    keys_in, keys_out, queries_in, queries_out = barriers[0], barriers[1], barriers[2], barriers[3]
-    slope_in, keys_read = barriers[10], barriers[11]
+    key_buffer, value_buffer, slope_buffer = buffers[1], buffers[2], buffers[8]
+    keys_in, keys_out, queries_in, queries_out, grads_in, grads_out, sum_in, sum_out = (
+        barriers[0], barriers[1], barriers[2], barriers[3], barriers[4], barriers[5], barriers[6],
+        barriers[7],
+    )  # fmt: skip
     grad_key_tiles, grad_value_tiles = out_tiles[0], out_tiles[1]
     key_runs = tensors[4]
     tiles, rows, key_heads, group, patterns, query_tiles_count = (
         shape[0], shape[1], shape[3], shape[4], shape[5], shape[6],
     )  # fmt: skip
-    total = tiles * rows
-    SIZE: gl.constexpr = query_buffer.shape[4]
-    DTYPE: gl.constexpr = query_buffer.dtype
-    QUERIES: gl.constexpr = SUBS * _HALF
+    final, shown_batch, shown_patterns = terms[2], terms[3], terms[4]
+    QUERIES: gl.constexpr = buffers[0].shape[3]
+    SIZE: gl.constexpr = buffers[0].shape[4]
+    DTYPE: gl.constexpr = key_buffer.dtype
     PER: gl.constexpr = _ROWS // QUERIES
-    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 16])
+    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, SIZE, 16])
     step = 0
     turn = 0
-    index = next_item(buffers, barriers, turn, 4)
-    while index < total:
+    index = next_item(buffers, barriers, turn, 8)
+    while index < tiles * rows:
         item_place = place(index, shape)
         tile, row = item_place[0], item_place[1]
         batch = row // key_heads
@@ -510,88 +523,76 @@ def consumer(
         each = gl.maximum(span_of(tile, row, shape, spans)[2], 1) * PER
         first_key, last_key = tile * 0, limits[3]
         if key_runs is not None:
-            runs = key_runs + gl.minimum(batch, terms[5] - 1) * 3
+            runs = key_runs + gl.minimum(batch, shown_patterns - 1) * 3
             first_key, last_key = gl.load(runs), gl.load(runs + 1)
         item = (
-            tile * _KEYS + part * _HALF, pattern * (query_tiles_count * _ROWS), first_key, last_key,
-            batch.to(gl.int64) * terms[4], row % key_heads * group,
+            tile * _KEYS, pattern * (query_tiles_count * _ROWS), first_key, last_key,
+            batch.to(gl.int64) * shown_batch, row % key_heads * group,
         )  # fmt: skip
-        key_sum = gl.zeros([_HALF, SIZE], gl.float32, SUM)
-        no_value_sum = gl.zeros([_HALF, SIZE], gl.float32, SUM)
+        nothing_yet = gl.zeros([_KEYS, SIZE], gl.float32, SUM)
+        key_sum = nothing_yet
 
         mbarrier.wait(keys_in, turn & 1)
         mbarrier.wait(queries_in.index(step % STAGES), (step // STAGES) & 1)
-        key_sum, value_sum = weigh(
-            scores_of(buffers, step, part, SUBS, STAGES), key_sum, no_value_sum, step, step, 0,
-            buffers, barriers, item, tensors, limits, terms,
-            part, SUBS, STAGES, POWER, FOLDED, SCALED, True,
-        )  # fmt: skip
+        score = warpgroup_mma_wait(0, deps=[scores_of(buffers, step, STAGES)])
+        mbarrier.wait(grads_in.index(step & 1), (step >> 1) & 1)
+        code, delta, level = terms_of(buffers, step, SCALED)
+        weight, slope = weigh(
+            score, code, level, 0, item, terms, tensors, limits, DTYPE, POWER, FOLDED, SCALED
+        )
+        value_sum = add_to_values(nothing_yet, weight, buffers, step)
+        bracket = bracket_of(delta, buffers, step)
+        bracket, value_sum = warpgroup_mma_wait(0, deps=[bracket, value_sum])
+        store_slope(bracket, slope, code, buffers, step, item, tensors, limits, SINGLE)
+        mbarrier.arrive(grads_out.index(step & 1), count=1)
         step += 1
         for position in range(1, each * group):
             before = step - 1
             mbarrier.wait(queries_in.index(step % STAGES), (step // STAGES) & 1)
-            scores = scores_of(buffers, step, part, SUBS, STAGES)
-            settled = warpgroup_mma_wait(SUBS, deps=[value_sum])
-            mbarrier.arrive(barriers[5].index(before & 1), count=1)
-            mbarrier.wait(slope_in.index(before & 1), (before >> 1) & 1)
-            query_sum = query_part(buffers, before, part, SUBS)
-            key_sum = add_to_keys(key_sum, buffers, before, part, SUBS, STAGES)
-            if SUBS == 2:
-                first_score, second_score, query_sum = warpgroup_mma_wait(
-                    SUBS, deps=[scores[0], scores[1], query_sum]
-                )
-                known = (first_score, second_score)
-            else:
-                first_score, query_sum = warpgroup_mma_wait(SUBS, deps=[scores[0], query_sum])
-                known = (first_score,)  # type: ignore[assignment]
-            send(query_sum, before, buffers, barriers, part)
-            key_sum, value_sum = weigh(
-                known, key_sum, settled, step, before, position // each, buffers, barriers,
-                item, tensors, limits, terms, part, SUBS, STAGES, POWER, FOLDED, SCALED, False,
+            score = scores_of(buffers, step, STAGES)
+            mbarrier.wait(grads_in.index(step & 1), (step >> 1) & 1)
+            code, _, level = terms_of(buffers, step, SCALED)
+            query_part = part_of_queries(buffers, before)
+            key_part = add_to_keys(key_sum, buffers, before, STAGES)
+            score = warpgroup_mma_wait(2, deps=[score])
+            weight, slope = weigh(
+                score, code, level, position // each, item, terms, tensors, limits, DTYPE,
+                POWER, FOLDED, SCALED,
             )  # fmt: skip
+            _, delta, _ = terms_of(buffers, step, SCALED)
+            # A wait is a branch, across which the assembler does not move code: without one here the
+            # weights would be computed after the products that they should overlap.
+            mbarrier.wait(sum_out, (before & 1) ^ 1)
+            value_sum = add_to_values(value_sum, weight, buffers, step)
+            query_part, key_sum = warpgroup_mma_wait(1, deps=[query_part, key_part])
+            mbarrier.arrive(queries_out.index(before % STAGES), count=1)
+            store_part(query_part, buffers)
+            bracket = bracket_of(delta, buffers, step)
+            fence_async_shared()
+            mbarrier.arrive(sum_in, count=1)
+            bracket, value_sum = warpgroup_mma_wait(0, deps=[bracket, value_sum])
+            store_slope(bracket, slope, code, buffers, step, item, tensors, limits, SINGLE)
+            mbarrier.arrive(grads_out.index(step & 1), count=1)
             step += 1
 
         before = step - 1
-        value_total = warpgroup_mma_wait(0, deps=[value_sum])
-        mbarrier.arrive(barriers[5].index(before & 1), count=1)
-        mbarrier.wait(slope_in.index(before & 1), (before >> 1) & 1)
-        query_sum = query_part(buffers, before, part, SUBS)
-        key_sum = add_to_keys(key_sum, buffers, before, part, SUBS, STAGES)
-        query_sum = warpgroup_mma_wait(SUBS, deps=[query_sum])
-        mbarrier.arrive(keys_read, count=1)
-        send(query_sum, before, buffers, barriers, part)
-        value_buffer.index(part).reshape([_HALF, SIZE]).store(value_total.to(DTYPE))
-        key_sum = warpgroup_mma_wait(0, deps=[key_sum])
+        query_part = part_of_queries(buffers, before)
+        key_part = add_to_keys(key_sum, buffers, before, STAGES)
+        value_buffer.index(0).reshape([_KEYS, SIZE]).store(value_sum.to(DTYPE))
+        mbarrier.wait(sum_out, (before & 1) ^ 1)
+        query_part, key_total = warpgroup_mma_wait(0, deps=[query_part, key_part])
         mbarrier.arrive(queries_out.index(before % STAGES), count=1)
-        # The other consumer multiplies by these keys for dq.
-        mbarrier.wait(keys_read, turn & 1)
-        key_buffer.index(part).reshape([_HALF, SIZE]).store((key_sum * terms[3]).to(DTYPE))
+        store_part(query_part, buffers)
+        key_buffer.index(0).reshape([_KEYS, SIZE]).store((key_total * final).to(DTYPE))
         fence_async_shared()
-        at = [batch, row % key_heads, tile * _KEYS + part * _HALF, 0]
-        _store(grad_value_tiles, at, value_buffer.index(part))
-        _store(grad_key_tiles, at, key_buffer.index(part))
+        mbarrier.arrive(sum_in, count=1)
+        at = [batch, row % key_heads, tile * _KEYS, 0]
+        _store(grad_value_tiles, at, value_buffer.index(0))
+        _store(grad_key_tiles, at, key_buffer.index(0))
         tma.store_wait(0)
         mbarrier.arrive(keys_out, count=1)
         turn += 1
-        index = next_item(buffers, barriers, turn, 4)
-
-
-@gluon.jit
-def query_part(buffers, step, part: gl.constexpr, SUBS: gl.constexpr):
-    """This consumer's part of dq, [64, 64]: half of the queries or of the size, of all 128 keys."""
-    key_buffer, slope_buffer = buffers[1], buffers[8]
-    SIZE: gl.constexpr = key_buffer.shape[4]
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    query_sum = gl.zeros([64, 64], gl.float32, LAYOUT)
-    for half in gl.static_range(2):
-        keys = key_buffer.index(half + nothing(step)).reshape([_HALF, SIZE])
-        slope = ((step & 1) * 2 + half) * SUBS + part * (SUBS - 1)
-        query_sum = warpgroup_mma(
-            slope_buffer.index(slope).permute((1, 0)),
-            keys.slice(part * (SIZE - 64), 64, dim=1),
-            query_sum, use_acc=half > 0, is_async=True,
-        )  # fmt: skip
-    return query_sum
+        index = next_item(buffers, barriers, turn, 8)
 
 
 @gluon.jit(
@@ -609,31 +610,31 @@ def backward_kernel(
     scale, inverse, final, shown_batch, shown_patterns,
     tiles, rows, band, key_heads, group, patterns, query_tiles_count, span_patterns,
     offset, left, right, last_key,
-    SUBS: gl.constexpr, STAGES: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr,
-    SCALED: gl.constexpr, SINGLE: gl.constexpr,
+    STAGES: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr, SCALED: gl.constexpr,
+    SINGLE: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = query_tiles.dtype
+    QUERIES: gl.constexpr = query_tiles.block_shape[2]
     SIZE: gl.constexpr = query_tiles.block_shape[3]
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     SQUARE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     query_buffer = gl.allocate_shared_memory(
-        DTYPE, [STAGES * SUBS, 1, 1, 64, SIZE], query_tiles.layout
+        DTYPE, [STAGES, 1, 1, QUERIES, SIZE], query_tiles.layout
     )
-    grad_buffer = gl.allocate_shared_memory(DTYPE, [2 * SUBS, 1, 1, 64, SIZE], grad_tiles.layout)
-    key_buffer = gl.allocate_shared_memory(DTYPE, [2, 1, 1, 64, SIZE], key_tiles.layout)
-    value_buffer = gl.allocate_shared_memory(DTYPE, [2, 1, 1, 64, SIZE], value_tiles.layout)
-    slope_buffer = gl.allocate_shared_memory(DTYPE, [4 * SUBS, 64, 64], SQUARE)
-    sum_buffer = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 64, 64], sum_tiles.layout)
-    delta_buffer = gl.allocate_shared_memory(gl.float32, [2 * SUBS, 1, 64], delta_tiles.layout)
+    grad_buffer = gl.allocate_shared_memory(DTYPE, [2, 1, 1, QUERIES, SIZE], grad_tiles.layout)
+    key_buffer = gl.allocate_shared_memory(DTYPE, [1, 1, 1, _KEYS, SIZE], key_tiles.layout)
+    value_buffer = gl.allocate_shared_memory(DTYPE, [1, 1, 1, _KEYS, SIZE], value_tiles.layout)
+    slope_buffer = gl.allocate_shared_memory(DTYPE, [2, _KEYS, QUERIES], SQUARE)
+    sum_buffer = gl.allocate_shared_memory(gl.float32, [1, 128, 64], sum_tiles.layout)
+    delta_buffer = gl.allocate_shared_memory(gl.float32, [2, 1, QUERIES], delta_tiles.layout)
     level_buffer = delta_buffer
     if not SCALED:
-        level_buffer = gl.allocate_shared_memory(gl.float32, [2 * SUBS, 1, 64], level_tiles.layout)
+        level_buffer = gl.allocate_shared_memory(gl.float32, [2, 1, QUERIES], level_tiles.layout)
     index_buffer = gl.allocate_shared_memory(gl.int32, [2, 1], PLAIN)
     code_buffer = gl.allocate_shared_memory(gl.int32, [2, 1], PLAIN)
     keys_in = gl.allocate_shared_memory(gl.int64, [1], BAR)
     keys_out = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    keys_read = gl.allocate_shared_memory(gl.int64, [1], BAR)
     sum_in = gl.allocate_shared_memory(gl.int64, [1], BAR)
     sum_out = gl.allocate_shared_memory(gl.int64, [1], BAR)
     queries_in = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
@@ -642,22 +643,19 @@ def backward_kernel(
     grads_out = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
     index_in = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
     index_out = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    slope_in = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
     mbarrier.init(keys_in, count=1)
-    mbarrier.init(keys_out, count=2)
-    mbarrier.init(keys_read, count=2)
-    mbarrier.init(sum_in, count=2)
+    mbarrier.init(keys_out, count=1)
+    mbarrier.init(sum_in, count=1)
     mbarrier.init(sum_out, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(queries_in.index(i), count=1)
-        mbarrier.init(queries_out.index(i), count=2)
+        mbarrier.init(queries_out.index(i), count=1)
     for i in gl.static_range(2):
         # One arrival for the copies, one for the code.
         mbarrier.init(grads_in.index(i), count=2)
-        mbarrier.init(grads_out.index(i), count=2)
+        mbarrier.init(grads_out.index(i), count=1)
         mbarrier.init(index_in.index(i), count=1)
-        mbarrier.init(index_out.index(i), count=3)
-        mbarrier.init(slope_in.index(i), count=2)
+        mbarrier.init(index_out.index(i), count=2)
     fence_async_shared()
     descriptors = (query_tiles, key_tiles, value_tiles, grad_tiles, delta_tiles, level_tiles)
     buffers = (
@@ -666,23 +664,21 @@ def backward_kernel(
     )  # fmt: skip
     barriers = (
         keys_in, keys_out, queries_in, queries_out, grads_in, grads_out, sum_in, sum_out,
-        index_in, index_out, slope_in, keys_read,
+        index_in, index_out,
     )  # fmt: skip
     shape = (tiles, rows, band, key_heads, group, patterns, query_tiles_count, span_patterns)
-    terms = (scale, inverse, SINGLE, final, shown_batch, shown_patterns)
+    terms = (scale, inverse, final, shown_batch, shown_patterns)
     tensors = (gain, starts, ends, shown, key_runs)
     limits = (offset, left, right, last_key)
     out_tiles = (grad_key_tiles, grad_value_tiles)
     gl.warp_specialize(
         [
-            (consumer, (0, out_tiles, buffers, barriers, spans, terms, tensors, limits, shape,
-                        SUBS, STAGES, POWER, FOLDED, SCALED)),
-            (consumer, (1, out_tiles, buffers, barriers, spans, terms, tensors, limits, shape,
-                        SUBS, STAGES, POWER, FOLDED, SCALED)),
+            (consumer, (out_tiles, buffers, barriers, spans, terms, tensors, limits, shape,
+                        STAGES, POWER, FOLDED, SCALED, SINGLE)),
             (producer, (descriptors, buffers, barriers, spans, table, counter, shape,
-                        SUBS, STAGES, SCALED)),
-            (writer, (sum_tiles, buffers, barriers, spans, table, turns, shape, SUBS)),
+                        STAGES, SCALED)),
+            (writer, (sum_tiles, buffers, barriers, spans, table, turns, shape, QUERIES)),
         ],
-        [4, 1, 1],
-        [240, 24, 24],
+        [1, 1],
+        [24, 24],
     )  # fmt: skip
