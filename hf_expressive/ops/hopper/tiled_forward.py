@@ -11,7 +11,8 @@ Each consumer holds 64 of the queries and takes one step a block of keys:
 Weights need no running maximum, so nothing that was accumulated is ever rescaled. Steps run on across
 the end of a tile: its last values share a step with the first keys of the next tile. A stage of the
 ring buffer therefore holds the pair that one step needs: the values of a block and the keys of the
-block after it. The tile's output leaves through the shared memory of its own queries.
+block after it, with their factors where there are any (`launch.key_factors`). The tile's output leaves
+through the shared memory of its own queries, or through one of its own where sizes differ.
 """
 
 from __future__ import annotations
@@ -48,20 +49,30 @@ def reciprocal(x):
 
 
 @gluon.jit
-def weights_of(score, factor, inverse, POWER: gl.constexpr, FOLDED: gl.constexpr):
+def weights_of(
+    score, factor, inverse, factors,
+    POWER: gl.constexpr, FOLDED: gl.constexpr, KEYED: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
     """z²ⁿ / (1 + z²ⁿ) of z = factor · score, or s²ⁿ / (s²ⁿ + inverse) with `FOLDED`.
+
+    With `POWER` 0 the square response: z² + inverse, or s² + inverse with `FOLDED`. factors: with
+    `KEYED`, shared memory with what multiplies the weights of each key.
 
     Power 1 is not clamped, which would cost 7 % of the whole kernel: a score beyond 1.8e19, whose square
     is infinite, gives NaN. Power 2 clamps z² where the response is 1 to the last bit.
     """
     if not FOLDED:
         score = score * factor
-        inverse = 1.0
     raised = score * score
     if POWER == 2:
         raised = gl.minimum(raised, 1e18)
         raised = raised * raised
-    return raised * reciprocal(raised + inverse)
+    weight = raised + inverse
+    if POWER > 0:
+        weight = raised * reciprocal(weight)
+    if KEYED:
+        weight = weight * factors.load(LAYOUT)
+    return weight
 
 
 @gluon.jit
@@ -135,15 +146,19 @@ def producer(
     descriptors, buffers, barriers, table, counter, shape,
     HALF: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    query_tiles, key_tiles, value_tiles = descriptors[0], descriptors[1], descriptors[2]
-    query_buffer, key_buffer, value_buffer, index_buffer = (
-        buffers[0], buffers[1], buffers[2], buffers[3],
+    query_tiles, key_tiles, value_tiles, factor_tiles = (
+        descriptors[0], descriptors[1], descriptors[2], descriptors[3],
+    )  # fmt: skip
+    query_buffer, key_buffer, value_buffer, factor_buffer, index_buffer = (
+        buffers[0], buffers[1], buffers[2], buffers[3], buffers[4],
     )  # fmt: skip
     queries_in, queries_out, step_in, step_out, index_in, index_out = (
         barriers[0], barriers[1], barriers[2], barriers[3], barriers[4], barriers[5],
     )  # fmt: skip
     total, heads, group = shape[0] * shape[1], shape[3], shape[4]
-    KEY_BYTES: gl.constexpr = key_tiles.block_type.nbytes
+    KEY_BYTES: gl.constexpr = key_tiles.block_type.nbytes + (
+        0 if factor_tiles is None else factor_tiles.block_type.nbytes
+    )
     VALUE_BYTES: gl.constexpr = value_tiles.block_type.nbytes
     step = 0
     turn = 0
@@ -179,6 +194,8 @@ def producer(
                 )  # fmt: skip
             start = (first + count - 1 - back) * KEYS
             _load(key_tiles, [batch, key_head, start, 0], ready, key_buffer.index(stage))
+            if factor_tiles is not None:
+                _load(factor_tiles, [row // group, start], ready, factor_buffer.index(stage))
             values_batch, values_head, values_start = batch, key_head, start
             step += 1
         index = following
@@ -198,14 +215,14 @@ def producer(
 
 
 @gluon.jit
-def hide(score, start, end, begin, keys, KEYS: gl.constexpr, LAYOUT: gl.constexpr):
-    """The scores of a block that starts at key `begin`, 0 (weight 0) where the key is hidden."""
+def hide(tile, start, end, begin, keys, KEYS: gl.constexpr, LAYOUT: gl.constexpr):
+    """The scores or weights of a block that starts at key `begin`, 0 where the key is hidden."""
     key = begin + gl.arange(0, KEYS, gl.SliceLayout(0, LAYOUT))
     visible = (key[None, :] >= start[:, None]) & (key[None, :] < end[:, None])
     if keys is not None:
         shown = gl.load(keys + key, mask=key < gl.max(end, 0), other=0) != 0
         visible = visible & shown[None, :]
-    return gl.where(visible, score, 0.0)
+    return gl.where(visible, tile, 0.0)
 
 
 @gluon.jit
@@ -214,8 +231,8 @@ def consumer(
     HALF: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, POWER: gl.constexpr,
     FOLDED: gl.constexpr, LIFT: gl.constexpr,
 ):  # fmt: skip
-    query_buffer, key_buffer, value_buffer, index_buffer = (
-        buffers[0], buffers[1], buffers[2], buffers[3],
+    query_buffer, key_buffer, value_buffer, factor_buffer, index_buffer, out_buffer = (
+        buffers[0], buffers[1], buffers[2], buffers[3], buffers[4], buffers[5],
     )  # fmt: skip
     queries_in, queries_out, step_in, step_out, index_in, index_out = (
         barriers[0], barriers[1], barriers[2], barriers[3], barriers[4], barriers[5],
@@ -224,7 +241,8 @@ def consumer(
     scale, gain, sinks, sinks_batch, sinks_head, sinks_query, keys, keys_batch = (
         terms[0], terms[1], terms[2], terms[3], terms[4], terms[5], terms[6], terms[7],
     )  # fmt: skip
-    heads, num_queries = shape[3], shape[6]
+    levels, common_level, epsilon = terms[8], terms[9], terms[10]
+    heads, group, num_queries = shape[3], shape[4], shape[6]
     total_tiles = shape[0] * shape[1]
     SIZE: gl.constexpr = query_buffer.shape[4]
     VALUE_SIZE: gl.constexpr = value_buffer.shape[4]
@@ -233,6 +251,7 @@ def consumer(
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE_SIZE, 16])
     WEIGHT: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
+    KEYED: gl.constexpr = levels is not None
     no_score = gl.zeros([HALF, KEYS], gl.float32, SCORE)
     step = 0
     turn = 0
@@ -256,7 +275,9 @@ def consumer(
         if gain is not None:
             factor = factor * gl.load(gain + row % heads)
         inverse = 1.0
-        if FOLDED:
+        if POWER == 0:
+            inverse = epsilon
+        elif FOLDED:
             inverse = 1.0 / (factor * factor)
             if POWER == 2:
                 inverse = inverse * inverse
@@ -265,10 +286,14 @@ def consumer(
             row_keys = keys + batch.to(gl.int64) * keys_batch
 
         begin = (first + count - 1) * KEYS
-        score = hide(score, start, end, begin, row_keys, KEYS, SCORE)
         # Rows that may see few keys are summed from rounded weights, so that the output of a single key
         # is its value exactly. The log normaliser is that of the exact sum.
-        weight = weights_of(score, factor, inverse, POWER, FOLDED)
+        factors = factor_buffer.index(step % STAGES)
+        if POWER > 0:  # the weight of score 0 is 0
+            score = hide(score, start, end, begin, row_keys, KEYS, SCORE)
+        weight = weights_of(score, factor, inverse, factors, POWER, FOLDED, KEYED, SCORE)
+        if POWER == 0:
+            weight = hide(weight, start, end, begin, row_keys, KEYS, SCORE)
         exact = lane_sums(weight, HALF, KEYS)
         weight = as_multiplied(weight, DTYPE, LIFT)
         total = lane_sums(weight, HALF, KEYS)
@@ -296,14 +321,18 @@ def consumer(
             partial = (begin < inner_start) | (begin + KEYS > inner_end)
             if keys is not None:
                 partial = begin >= 0
+            factors = factor_buffer.index(stage)
             if partial:
-                score = hide(score, start, end, begin, row_keys, KEYS, SCORE)
-                weight = weights_of(score, factor, inverse, POWER, FOLDED)
+                if POWER > 0:
+                    score = hide(score, start, end, begin, row_keys, KEYS, SCORE)
+                weight = weights_of(score, factor, inverse, factors, POWER, FOLDED, KEYED, SCORE)
+                if POWER == 0:
+                    weight = hide(weight, start, end, begin, row_keys, KEYS, SCORE)
                 exact = lane_sums(weight, HALF, KEYS)
                 weight = as_multiplied(weight, DTYPE, LIFT)
                 rounding += lane_sums(weight, HALF, KEYS) - exact
             else:
-                weight = weights_of(score, factor, inverse, POWER, FOLDED)
+                weight = weights_of(score, factor, inverse, factors, POWER, FOLDED, KEYED, SCORE)
             total += lane_sums(weight, HALF, KEYS)
             # A wait is a branch, across which the assembler does not move code: without one here the
             # weights would be computed after the products that they should overlap.
@@ -338,16 +367,19 @@ def consumer(
         rounding = gl.convert_layout(gl.sum(rounding, 1), ROW)
         total = gl.convert_layout(gl.sum(total, 1), ROW)
         query = tile * (2 * HALF) + half * HALF + gl.arange(0, HALF, ROW)
-        # Weights are at most 1, so exp(0) is the level that a sink is compared with.
-        level = total * 0.0
+        # The logarithm of what all weights of the head lack; a sink is compared with it.
+        base = common_level
+        if levels is not None:
+            base = base + gl.load(levels + row // group)
+        level = total * 0.0 + base
         if sinks is not None:
             sink = gl.load(
                 sinks + batch.to(gl.int64) * sinks_batch + (row % heads).to(gl.int64) * sinks_head
                 + query.to(gl.int64) * sinks_query,
                 mask=query < num_queries, other=float("-inf"),
             ).to(gl.float32)  # fmt: skip
-            level = gl.maximum(sink, 0.0)
-            shrink = gl.exp2(-level * _LOG2_E)
+            level = gl.maximum(sink, level)
+            shrink = gl.exp2((base - level) * _LOG2_E)
             total = total * shrink + gl.exp2((sink - level) * _LOG2_E)
             rounding = rounding * shrink
         exact_total = total - rounding
@@ -355,14 +387,14 @@ def consumer(
         exact_total = gl.where(seen, exact_total, 1.0)
         heavy = total >= _TINY
         total = gl.where(heavy, total, 1.0)
-        normalise = gl.where(heavy, gl.exp2(-level * _LOG2_E) / total, 0.0) * (1.0 / LIFT)
+        normalise = gl.where(heavy, gl.exp2((base - level) * _LOG2_E) / total, 0.0) * (1.0 / LIFT)
         out = out * gl.convert_layout(normalise, gl.SliceLayout(1, OUT))[:, None]
         gl.store(
             log_normalizer + row.to(gl.int64) * num_queries + query,
             gl.where(seen, gl.log2(exact_total) * _LN_2 + level, float("-inf")),
             mask=query < num_queries,
         )
-        staging = query_buffer.index(2 * slot + half)
+        staging = out_buffer.index(half if SIZE != VALUE_SIZE else 2 * slot + half)
         staging.reshape([HALF, VALUE_SIZE]).store(out.to(DTYPE))
         fence_async_shared()
         _store(out_tiles, [batch, row % heads, tile * (2 * HALF) + half * HALF, 0], staging)
@@ -373,10 +405,10 @@ def consumer(
 
 @gluon.jit(do_not_specialize=["tiles", "rows", "band", "heads", "group", "patterns", "num_queries"])
 def forward_kernel(
-    query_tiles, key_tiles, value_tiles, out_tiles, log_normalizer,
+    query_tiles, key_tiles, value_tiles, factor_tiles, out_tiles, log_normalizer,
     table, bounds, counter,
-    gain, sinks, keys,
-    scale, sinks_batch, sinks_head, sinks_query, keys_batch,
+    gain, sinks, keys, levels,
+    scale, common_level, epsilon, sinks_batch, sinks_head, sinks_query, keys_batch,
     tiles, rows, band, heads, group, patterns, num_queries,
     HALF: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, POWER: gl.constexpr,
     FOLDED: gl.constexpr, LIFT: gl.constexpr,
@@ -392,6 +424,16 @@ def forward_kernel(
     value_buffer = gl.allocate_shared_memory(
         DTYPE, [STAGES, 1, 1, KEYS, value_tiles.block_shape[3]], value_tiles.layout
     )
+    factor_buffer = key_buffer
+    if factor_tiles is not None:
+        factor_buffer = gl.allocate_shared_memory(
+            gl.float32, [STAGES, 1, KEYS], factor_tiles.layout
+        )
+    out_buffer = query_buffer
+    if query_tiles.block_shape[3] != out_tiles.block_shape[3]:
+        out_buffer = gl.allocate_shared_memory(
+            DTYPE, [2, 1, 1, HALF, out_tiles.block_shape[3]], out_tiles.layout
+        )
     index_buffer = gl.allocate_shared_memory(
         gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
@@ -411,10 +453,13 @@ def forward_kernel(
         mbarrier.init(index_in.index(i), count=1)
         mbarrier.init(index_out.index(i), count=2)
     fence_async_shared()
-    descriptors = (query_tiles, key_tiles, value_tiles)
-    buffers = (query_buffer, key_buffer, value_buffer, index_buffer)
+    descriptors = (query_tiles, key_tiles, value_tiles, factor_tiles)
+    buffers = (query_buffer, key_buffer, value_buffer, factor_buffer, index_buffer, out_buffer)
     barriers = (queries_in, queries_out, step_in, step_out, index_in, index_out)
-    terms = (scale, gain, sinks, sinks_batch, sinks_head, sinks_query, keys, keys_batch)
+    terms = (
+        scale, gain, sinks, sinks_batch, sinks_head, sinks_query, keys, keys_batch,
+        levels, common_level, epsilon,
+    )  # fmt: skip
     shape = (tiles, rows, band, heads, group, patterns, num_queries)
     tables = (table, bounds)
     gl.warp_specialize(
