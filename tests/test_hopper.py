@@ -95,6 +95,11 @@ CASES = {
         FULL,
         {"ranges": ranges(2, 300, 300, lambda b, q: q, lambda b, q: q + (q % 3) * 20 * (1 - b))},
     ),
+    "no row sees anything": (FULL, {"ranges": ranges(2, 300, 300, lambda b, q: q, lambda b, q: q)}),
+    "half of the tiles see nothing": (
+        (2, 4, 2, 1000, 1000),
+        {"ranges": ranges(2, 1000, 1000, lambda b, q: 900 * b, lambda b, q: q + 1)},
+    ),
     "hidden keys": (
         FULL,
         {

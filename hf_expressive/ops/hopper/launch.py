@@ -20,7 +20,7 @@ from ..triton.launch import (
     num_processors,
     shown_keys,
 )
-from .plan import ROWS, plan
+from .plan import ROWS, fill_empty, plan
 from .tiled_forward import forward_kernel
 
 # Keys of a block, and the size of a half of the queries: what one matrix instruction spans.
@@ -67,6 +67,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     half_precision = problem.query.dtype == torch.float16
     pair_bytes = num_keys * (size + value_size) * problem.key.element_size()
     band = max(1, _BAND_BYTES // pair_bytes) * problem.group
+    fill_empty(tables, problem, out, log_normalizer)
     programs = min(num_processors(problem), tables.count * batch * heads)
     forward_kernel[(programs,)](
         tiles(problem.query, HALF),

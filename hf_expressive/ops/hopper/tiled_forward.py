@@ -109,36 +109,80 @@ def place(index, shape):
 
 
 @gluon.jit
-def entry_of(tile, row, shape, table):
+def entry_of(tile, batch, shape, table):
     """Address of the plan's numbers for a tile."""
-    tiles, heads, patterns = shape[0], shape[3], shape[5]
-    pattern = gl.minimum(row // heads, patterns - 1)
-    return table + (pattern * tiles + tile) * _FIELDS
+    tiles, patterns = shape[0], shape[5]
+    return table + (gl.minimum(batch, patterns - 1) * tiles + tile) * _FIELDS
 
 
 @gluon.jit
-def blocks_of(entry, KEYS: gl.constexpr):
-    """(first block, number of blocks) of keys; one block at least, all of its keys may be hidden."""
+def item(index, shape, table, KEYS: gl.constexpr):
+    """(tile, batch, head, first block, number of blocks of keys) of a work item.
+
+    A number of 0 or less: the tile sees nothing, and `launch.forward` sees to it.
+    """
+    tile, row = place(gl.minimum(index, shape[0] * shape[1] - 1), shape)
+    batch = row // shape[3]
+    entry = entry_of(tile, batch, shape, table)
     first = gl.load(entry) // KEYS
-    return first, gl.maximum(gl.cdiv(gl.load(entry + 1), KEYS) - first, 1)
+    return tile, batch, row - batch * shape[3], first, gl.cdiv(gl.load(entry + 1), KEYS) - first
+
+
+@gluon.jit
+def following_item(counter):
+    """The next work item that no program has taken yet."""
+    return gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+
+
+@gluon.jit
+def announce(buffer, slot, tile, batch, head, first, count):
+    """Writes a work item for the consumers; tile −1: there is none left."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    buffer.index(8 * slot + 0).store(gl.full([1], tile, gl.int32, ONE))
+    buffer.index(8 * slot + 1).store(gl.full([1], batch, gl.int32, ONE))
+    buffer.index(8 * slot + 2).store(gl.full([1], head, gl.int32, ONE))
+    buffer.index(8 * slot + 3).store(gl.full([1], first, gl.int32, ONE))
+    buffer.index(8 * slot + 4).store(gl.full([1], count, gl.int32, ONE))
+
+
+@gluon.jit
+def number(buffer, place):
+    """The number at a place of a buffer."""
+    return gl.max(buffer.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def published(buffer, barriers, turn):
+    """The work item of a turn, in the order of `announce`'s arguments."""
+    index_in, index_out = barriers[4], barriers[5]
+    slot = turn & 1
+    mbarrier.wait(index_in.index(slot), (turn >> 1) & 1)
+    place = 8 * slot
+    tile = number(buffer, place)
+    batch = number(buffer, place + 1)
+    head = number(buffer, place + 2)
+    first = number(buffer, place + 3)
+    count = number(buffer, place + 4)
+    mbarrier.arrive(index_out.index(slot), count=1)
+    return tile, batch, head, first, count
 
 
 @gluon.jit
 def visibility(
-    tile, row, shape, table, bounds,
-    half: gl.constexpr, HALF: gl.constexpr, KEYS: gl.constexpr, LAYOUT: gl.constexpr,
+    tile, batch, shape, table, bounds,
+    half: gl.constexpr, HALF: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """What half a tile sees: `blocks_of`, [start, end) of what all of its queries see, and of each."""
-    tiles, heads, patterns = shape[0], shape[3], shape[5]
-    entry = entry_of(tile, row, shape, table)
-    first, count = blocks_of(entry, KEYS)
+    """What half a tile sees: [start, end) of what all of its queries see, and of each."""
+    tiles, patterns = shape[0], shape[5]
+    tile = gl.maximum(tile, 0)
+    entry = entry_of(tile, batch, shape, table)
     inner_start = gl.load(entry + 2 + 2 * half)
     inner_end = gl.load(entry + 3 + 2 * half)
     query = tile * (2 * HALF) + half * HALF + gl.arange(0, HALF, LAYOUT)
-    pattern = gl.minimum(row // heads, patterns - 1)
+    pattern = gl.minimum(batch, patterns - 1)
     start = gl.load(bounds + pattern * (tiles * 2 * HALF) + query)
     end = gl.load(bounds + (patterns + pattern) * (tiles * 2 * HALF) + query)
-    return first, count, inner_start, inner_end, start, end
+    return inner_start, inner_end, start, end
 
 
 @gluon.jit
@@ -156,28 +200,32 @@ def producer(
         barriers[0], barriers[1], barriers[2], barriers[3], barriers[4], barriers[5],
     )  # fmt: skip
     total, heads, group = shape[0] * shape[1], shape[3], shape[4]
+    key_heads = heads // group
     KEY_BYTES: gl.constexpr = key_tiles.block_type.nbytes + (
         0 if factor_tiles is None else factor_tiles.block_type.nbytes
     )
     VALUE_BYTES: gl.constexpr = value_tiles.block_type.nbytes
     step = 0
     turn = 0
-    index = gl.program_id(0)
     values_batch, values_head, values_start = 0, 0, 0
+    index = gl.program_id(0)
+    tile, batch, head, first, count = item(index, shape, table, KEYS)
+    while (count <= 0) & (index < total):
+        index = following_item(counter)
+        tile, batch, head, first, count = item(index, shape, table, KEYS)
+    announce(index_buffer, 0, gl.where(index < total, tile, -1), batch, head, first, count)
+    mbarrier.arrive(index_in.index(0), count=1)
     while index < total:
         # Asked for here, the answer is there when this tile's copies have been issued.
-        following = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
-        tile, row = place(index, shape)
-        first, count = blocks_of(entry_of(tile, row, shape, table), KEYS)
-        batch = row // heads
-        key_head = row % heads // group
+        index = following_item(counter)
+        key_head = head // group
         slot = turn & 1
         for half in gl.static_range(2):
             mbarrier.wait(queries_out.index(2 * slot + half), ((turn >> 1) & 1) ^ 1)
             ready = queries_in.index(2 * slot + half)
             mbarrier.expect(ready, query_tiles.block_type.nbytes)
             _load(
-                query_tiles, [batch, row % heads, tile * (2 * HALF) + half * HALF, 0], ready,
+                query_tiles, [batch, head, tile * (2 * HALF) + half * HALF, 0], ready,
                 query_buffer.index(2 * slot + half),
             )  # fmt: skip
         for back in range(count):
@@ -195,23 +243,30 @@ def producer(
             start = (first + count - 1 - back) * KEYS
             _load(key_tiles, [batch, key_head, start, 0], ready, key_buffer.index(stage))
             if factor_tiles is not None:
-                _load(factor_tiles, [row // group, start], ready, factor_buffer.index(stage))
+                _load(
+                    factor_tiles, [batch * key_heads + key_head, start], ready,
+                    factor_buffer.index(stage),
+                )  # fmt: skip
             values_batch, values_head, values_start = batch, key_head, start
             step += 1
-        index = following
-        mbarrier.wait(index_out.index(slot), ((turn >> 1) & 1) ^ 1)
-        index_buffer.index(slot).store(
-            gl.full([1], index, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
-        )
-        mbarrier.arrive(index_in.index(slot), count=1)
+        tile, batch, head, first, count = item(index, shape, table, KEYS)
+        while (count <= 0) & (index < total):
+            index = following_item(counter)
+            tile, batch, head, first, count = item(index, shape, table, KEYS)
         turn += 1
-    stage = step % STAGES
-    ready = step_in.index(stage)
-    mbarrier.wait(step_out.index(stage), ((step // STAGES) & 1) ^ 1)
-    mbarrier.expect(ready, VALUE_BYTES)
-    _load(
-        value_tiles, [values_batch, values_head, values_start, 0], ready, value_buffer.index(stage)
-    )
+        slot = turn & 1
+        mbarrier.wait(index_out.index(slot), ((turn >> 1) & 1) ^ 1)
+        announce(index_buffer, slot, gl.where(index < total, tile, -1), batch, head, first, count)
+        mbarrier.arrive(index_in.index(slot), count=1)
+    if step > 0:
+        stage = step % STAGES
+        ready = step_in.index(stage)
+        mbarrier.wait(step_out.index(stage), ((step // STAGES) & 1) ^ 1)
+        mbarrier.expect(ready, VALUE_BYTES)
+        _load(
+            value_tiles, [values_batch, values_head, values_start, 0], ready,
+            value_buffer.index(stage),
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -234,16 +289,13 @@ def consumer(
     query_buffer, key_buffer, value_buffer, factor_buffer, index_buffer, out_buffer = (
         buffers[0], buffers[1], buffers[2], buffers[3], buffers[4], buffers[5],
     )  # fmt: skip
-    queries_in, queries_out, step_in, step_out, index_in, index_out = (
-        barriers[0], barriers[1], barriers[2], barriers[3], barriers[4], barriers[5],
-    )  # fmt: skip
+    queries_in, queries_out, step_in, step_out = barriers[0], barriers[1], barriers[2], barriers[3]
     table, bounds = tables[0], tables[1]
     scale, gain, sinks, sinks_batch, sinks_head, sinks_query, keys, keys_batch = (
         terms[0], terms[1], terms[2], terms[3], terms[4], terms[5], terms[6], terms[7],
     )  # fmt: skip
     levels, common_level, epsilon = terms[8], terms[9], terms[10]
     heads, group, num_queries = shape[3], shape[4], shape[6]
-    total_tiles = shape[0] * shape[1]
     SIZE: gl.constexpr = query_buffer.shape[4]
     VALUE_SIZE: gl.constexpr = value_buffer.shape[4]
     DTYPE: gl.constexpr = query_buffer.dtype
@@ -255,25 +307,23 @@ def consumer(
     no_score = gl.zeros([HALF, KEYS], gl.float32, SCORE)
     step = 0
     turn = 0
-    index = gl.program_id(0)
-    tile, row = place(index, shape)
-    first, count, inner_start, inner_end, start, end = visibility(
-        tile, row, shape, table, bounds, half, HALF, KEYS, ROW
+    tile, batch, head, first, count = published(index_buffer, barriers, turn)
+    inner_start, inner_end, start, end = visibility(
+        tile, batch, shape, table, bounds, half, HALF, ROW
     )
-    mbarrier.wait(queries_in.index(half), 0)
-    mbarrier.wait(step_in.index(0), 0)
+    mbarrier.wait(queries_in.index(half), 0, pred=tile >= 0)
+    mbarrier.wait(step_in.index(0), 0, pred=tile >= 0)
     score = warpgroup_mma(
         query_buffer.index(half).reshape([HALF, SIZE]),
         key_buffer.index(0).reshape([KEYS, SIZE]).permute((1, 0)),
         no_score, use_acc=False, is_async=True,
     )  # fmt: skip
     score = warpgroup_mma_wait(0, deps=[score])
-    while index < total_tiles:
+    while tile >= 0:
         slot = turn & 1
-        batch = row // heads
         factor = scale
         if gain is not None:
-            factor = factor * gl.load(gain + row % heads)
+            factor = factor * gl.load(gain + head)
         inverse = 1.0
         if POWER == 0:
             inverse = epsilon
@@ -343,12 +393,10 @@ def consumer(
             step += 1
 
         # The last values of this tile and the first keys of the next one.
-        mbarrier.wait(index_in.index(slot), (turn >> 1) & 1)
-        index = gl.max(index_buffer.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-        mbarrier.arrive(index_out.index(slot), count=1)
         turn += 1
+        next_tile, next_batch, next_head, first, count = published(index_buffer, barriers, turn)
         other = 2 * (turn & 1) + half
-        mbarrier.wait(queries_in.index(other), (turn >> 1) & 1, pred=index < total_tiles)
+        mbarrier.wait(queries_in.index(other), (turn >> 1) & 1, pred=next_tile >= 0)
         stage = step % STAGES
         out = warpgroup_mma(
             operand, value_buffer.index(stage).reshape([KEYS, VALUE_SIZE]), out, is_async=True
@@ -359,9 +407,8 @@ def consumer(
             no_score, use_acc=False, is_async=True,
         )  # fmt: skip
         # What the next tile sees is fetched while this one is finished.
-        next_tile, next_row = place(gl.minimum(index, total_tiles - 1), shape)
-        first, count, inner_start, inner_end, start, end = visibility(
-            next_tile, next_row, shape, table, bounds, half, HALF, KEYS, ROW
+        inner_start, inner_end, start, end = visibility(
+            next_tile, next_batch, shape, table, bounds, half, HALF, ROW
         )
         out = warpgroup_mma_wait(1, deps=[out])
         rounding = gl.convert_layout(gl.sum(rounding, 1), ROW)
@@ -370,11 +417,11 @@ def consumer(
         # The logarithm of what all weights of the head lack; a sink is compared with it.
         base = common_level
         if levels is not None:
-            base = base + gl.load(levels + row // group)
+            base = base + gl.load(levels + batch * (heads // group) + head // group)
         level = total * 0.0 + base
         if sinks is not None:
             sink = gl.load(
-                sinks + batch.to(gl.int64) * sinks_batch + (row % heads).to(gl.int64) * sinks_head
+                sinks + batch.to(gl.int64) * sinks_batch + head.to(gl.int64) * sinks_head
                 + query.to(gl.int64) * sinks_query,
                 mask=query < num_queries, other=float("-inf"),
             ).to(gl.float32)  # fmt: skip
@@ -390,15 +437,15 @@ def consumer(
         normalise = gl.where(heavy, gl.exp2((base - level) * _LOG2_E) / total, 0.0) * (1.0 / LIFT)
         out = out * gl.convert_layout(normalise, gl.SliceLayout(1, OUT))[:, None]
         gl.store(
-            log_normalizer + row.to(gl.int64) * num_queries + query,
+            log_normalizer + (batch * heads + head).to(gl.int64) * num_queries + query,
             gl.where(seen, gl.log2(exact_total) * _LN_2 + level, float("-inf")),
             mask=query < num_queries,
         )
         staging = out_buffer.index(half if SIZE != VALUE_SIZE else 2 * slot + half)
         staging.reshape([HALF, VALUE_SIZE]).store(out.to(DTYPE))
         fence_async_shared()
-        _store(out_tiles, [batch, row % heads, tile * (2 * HALF) + half * HALF, 0], staging)
-        tile, row = next_tile, next_row
+        _store(out_tiles, [batch, head, tile * (2 * HALF) + half * HALF, 0], staging)
+        tile, batch, head = next_tile, next_batch, next_head
         score = warpgroup_mma_wait(0, deps=[score])
     tma.store_wait(0)
 
@@ -435,7 +482,7 @@ def forward_kernel(
             DTYPE, [2, 1, 1, HALF, out_tiles.block_shape[3]], out_tiles.layout
         )
     index_buffer = gl.allocate_shared_memory(
-        gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        gl.int32, [16, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     queries_in = gl.allocate_shared_memory(gl.int64, [4, 1], BAR)
     queries_out = gl.allocate_shared_memory(gl.int64, [4, 1], BAR)
