@@ -51,12 +51,12 @@ def reciprocal(x):
 @gluon.jit
 def weights_of(
     score, factor, inverse, factors,
-    POWER: gl.constexpr, FOLDED: gl.constexpr, KEYED: gl.constexpr, LAYOUT: gl.constexpr,
+    POWER: gl.constexpr, FOLDED: gl.constexpr, KEYED: gl.constexpr,
 ):  # fmt: skip
     """z²ⁿ / (1 + z²ⁿ) of z = factor · score, or s²ⁿ / (s²ⁿ + inverse) with `FOLDED`.
 
     With `POWER` 0 the square response: z² + inverse, or s² + inverse with `FOLDED`. factors: with
-    `KEYED`, shared memory with what multiplies the weights of each key.
+    `KEYED`, what the weights of each key are multiplied by.
 
     Power 1 is not clamped, which would cost 7 % of the whole kernel: a score beyond 1.8e19, whose square
     is infinite, gives NaN. Power 2 clamps z² where the response is 1 to the last bit.
@@ -71,7 +71,7 @@ def weights_of(
     if POWER > 0:
         weight = raised * reciprocal(weight)
     if KEYED:
-        weight = weight * factors.load(LAYOUT)
+        weight = weight * factors
     return weight
 
 
@@ -321,6 +321,12 @@ def consumer(
     score = warpgroup_mma_wait(0, deps=[score])
     while tile >= 0:
         slot = turn & 1
+        factors = factor_buffer.index(step % STAGES)
+        if KEYED:
+            factors = factors.load(SCORE)
+        # The step that ended the tile before has read its keys and values.
+        mbarrier.arrive(step_out.index(step % STAGES), count=1)
+        step += 1
         factor = scale
         if gain is not None:
             factor = factor * gl.load(gain + head)
@@ -338,10 +344,9 @@ def consumer(
         begin = (first + count - 1) * KEYS
         # Rows that may see few keys are summed from rounded weights, so that the output of a single key
         # is its value exactly. The log normaliser is that of the exact sum.
-        factors = factor_buffer.index(step % STAGES)
         if POWER > 0:  # the weight of score 0 is 0
             score = hide(score, start, end, begin, row_keys, KEYS, SCORE)
-        weight = weights_of(score, factor, inverse, factors, POWER, FOLDED, KEYED, SCORE)
+        weight = weights_of(score, factor, inverse, factors, POWER, FOLDED, KEYED)
         if POWER == 0:
             weight = hide(weight, start, end, begin, row_keys, KEYS, SCORE)
         exact = lane_sums(weight, HALF, KEYS)
@@ -351,8 +356,6 @@ def consumer(
         # The output of the tile before has long been read.
         tma.store_wait(0)
         mbarrier.arrive(queries_out.index(2 * (slot ^ 1) + half), count=1, pred=turn > 0)
-        mbarrier.arrive(step_out.index(step % STAGES), count=1)
-        step += 1
         operand = gl.convert_layout((weight * LIFT).to(DTYPE), WEIGHT)
         queries = query_buffer.index(2 * slot + half).reshape([HALF, SIZE])
         out = gl.zeros([HALF, VALUE_SIZE], gl.float32, OUT)
@@ -372,17 +375,19 @@ def consumer(
             if keys is not None:
                 partial = begin >= 0
             factors = factor_buffer.index(stage)
+            if KEYED:
+                factors = factors.load(SCORE)
             if partial:
                 if POWER > 0:
                     score = hide(score, start, end, begin, row_keys, KEYS, SCORE)
-                weight = weights_of(score, factor, inverse, factors, POWER, FOLDED, KEYED, SCORE)
+                weight = weights_of(score, factor, inverse, factors, POWER, FOLDED, KEYED)
                 if POWER == 0:
                     weight = hide(weight, start, end, begin, row_keys, KEYS, SCORE)
                 exact = lane_sums(weight, HALF, KEYS)
                 weight = as_multiplied(weight, DTYPE, LIFT)
                 rounding += lane_sums(weight, HALF, KEYS) - exact
             else:
-                weight = weights_of(score, factor, inverse, factors, POWER, FOLDED, KEYED, SCORE)
+                weight = weights_of(score, factor, inverse, factors, POWER, FOLDED, KEYED)
             total += lane_sums(weight, HALF, KEYS)
             # A wait is a branch, across which the assembler does not move code: without one here the
             # weights would be computed after the products that they should overlap.
