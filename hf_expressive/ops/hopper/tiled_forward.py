@@ -353,7 +353,9 @@ def consumer(
         weight = as_multiplied(weight, DTYPE, LIFT)
         total = lane_sums(weight, HALF, KEYS)
         rounding = total - exact
-        # The output of the tile before has long been read.
+        # The output of the tile before has long been read, now that the weights are computed. They are,
+        # because a wait, even one that is over, is a branch (see below).
+        mbarrier.wait(queries_in.index(2 * slot + half), (turn >> 1) & 1)
         tma.store_wait(0)
         mbarrier.arrive(queries_out.index(2 * (slot ^ 1) + half), count=1, pred=turn > 0)
         operand = gl.convert_layout((weight * LIFT).to(DTYPE), WEIGHT)
