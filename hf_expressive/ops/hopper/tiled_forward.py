@@ -344,15 +344,20 @@ def consumer(
         begin = (first + count - 1) * KEYS
         # Rows that may see few keys are summed from rounded weights, so that the output of a single key
         # is its value exactly. The log normaliser is that of the exact sum.
+        few = inner_end - inner_start < KEYS
+        if keys is not None:
+            few = begin >= 0
         if POWER > 0:  # the weight of score 0 is 0
             score = hide(score, start, end, begin, row_keys, KEYS, SCORE)
         weight = weights_of(score, factor, inverse, factors, POWER, FOLDED, KEYED)
         if POWER == 0:
             weight = hide(weight, start, end, begin, row_keys, KEYS, SCORE)
-        exact = lane_sums(weight, HALF, KEYS)
-        weight = as_multiplied(weight, DTYPE, LIFT)
         total = lane_sums(weight, HALF, KEYS)
-        rounding = total - exact
+        rounding = total * 0.0
+        if few:
+            weight = as_multiplied(weight, DTYPE, LIFT)
+            rounding = lane_sums(weight, HALF, KEYS) - total
+            total += rounding
         # The output of the tile before has long been read, now that the weights are computed. They are,
         # because a wait, even one that is over, is a branch (see below).
         mbarrier.wait(queries_in.index(2 * slot + half), (turn >> 1) & 1)
@@ -385,9 +390,10 @@ def consumer(
                 weight = weights_of(score, factor, inverse, factors, POWER, FOLDED, KEYED)
                 if POWER == 0:
                     weight = hide(weight, start, end, begin, row_keys, KEYS, SCORE)
-                exact = lane_sums(weight, HALF, KEYS)
-                weight = as_multiplied(weight, DTYPE, LIFT)
-                rounding += lane_sums(weight, HALF, KEYS) - exact
+                if few:
+                    exact = lane_sums(weight, HALF, KEYS)
+                    weight = as_multiplied(weight, DTYPE, LIFT)
+                    rounding += lane_sums(weight, HALF, KEYS) - exact
             else:
                 weight = weights_of(score, factor, inverse, factors, POWER, FOLDED, KEYED)
             total += lane_sums(weight, HALF, KEYS)
