@@ -117,15 +117,17 @@ def entry_of(tile, batch, shape, table):
 
 @gluon.jit
 def item(index, shape, table, KEYS: gl.constexpr):
-    """(tile, batch, head, first block, number of blocks of keys) of a work item.
+    """(tile, batch, head, row of B · K, first block, number of blocks of keys) of a work item.
 
     A number of 0 or less: the tile sees nothing, and `launch.forward` sees to it.
     """
     tile, row = place(gl.minimum(index, shape[0] * shape[1] - 1), shape)
     batch = row // shape[3]
+    head = row - batch * shape[3]
     entry = entry_of(tile, batch, shape, table)
     first = gl.load(entry) // KEYS
-    return tile, batch, row - batch * shape[3], first, gl.cdiv(gl.load(entry + 1), KEYS) - first
+    count = gl.cdiv(gl.load(entry + 1), KEYS) - first
+    return tile, batch, head, row // shape[4], first, count
 
 
 @gluon.jit
@@ -135,14 +137,15 @@ def following_item(counter):
 
 
 @gluon.jit
-def announce(buffer, slot, tile, batch, head, first, count):
+def announce(buffer, slot, tile, batch, head, key_row, first, count):
     """Writes a work item for the consumers; tile −1: there is none left."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     buffer.index(8 * slot + 0).store(gl.full([1], tile, gl.int32, ONE))
     buffer.index(8 * slot + 1).store(gl.full([1], batch, gl.int32, ONE))
     buffer.index(8 * slot + 2).store(gl.full([1], head, gl.int32, ONE))
-    buffer.index(8 * slot + 3).store(gl.full([1], first, gl.int32, ONE))
-    buffer.index(8 * slot + 4).store(gl.full([1], count, gl.int32, ONE))
+    buffer.index(8 * slot + 3).store(gl.full([1], key_row, gl.int32, ONE))
+    buffer.index(8 * slot + 4).store(gl.full([1], first, gl.int32, ONE))
+    buffer.index(8 * slot + 5).store(gl.full([1], count, gl.int32, ONE))
 
 
 @gluon.jit
@@ -161,10 +164,11 @@ def published(buffer, barriers, turn):
     tile = number(buffer, place)
     batch = number(buffer, place + 1)
     head = number(buffer, place + 2)
-    first = number(buffer, place + 3)
-    count = number(buffer, place + 4)
+    key_row = number(buffer, place + 3)
+    first = number(buffer, place + 4)
+    count = number(buffer, place + 5)
     mbarrier.arrive(index_out.index(slot), count=1)
-    return tile, batch, head, first, count
+    return tile, batch, head, key_row, first, count
 
 
 @gluon.jit
@@ -199,8 +203,7 @@ def producer(
     queries_in, queries_out, step_in, step_out, index_in, index_out = (
         barriers[0], barriers[1], barriers[2], barriers[3], barriers[4], barriers[5],
     )  # fmt: skip
-    total, heads, group = shape[0] * shape[1], shape[3], shape[4]
-    key_heads = heads // group
+    total, key_heads = shape[0] * shape[1], shape[3] // shape[4]
     KEY_BYTES: gl.constexpr = key_tiles.block_type.nbytes + (
         0 if factor_tiles is None else factor_tiles.block_type.nbytes
     )
@@ -209,16 +212,16 @@ def producer(
     turn = 0
     values_batch, values_head, values_start = 0, 0, 0
     index = gl.program_id(0)
-    tile, batch, head, first, count = item(index, shape, table, KEYS)
+    tile, batch, head, key_row, first, count = item(index, shape, table, KEYS)
     while (count <= 0) & (index < total):
         index = following_item(counter)
-        tile, batch, head, first, count = item(index, shape, table, KEYS)
-    announce(index_buffer, 0, gl.where(index < total, tile, -1), batch, head, first, count)
+        tile, batch, head, key_row, first, count = item(index, shape, table, KEYS)
+    announce(index_buffer, 0, gl.where(index < total, tile, -1), batch, head, key_row, first, count)
     mbarrier.arrive(index_in.index(0), count=1)
     while index < total:
         # Asked for here, the answer is there when this tile's copies have been issued.
         index = following_item(counter)
-        key_head = head // group
+        key_head = key_row - batch * key_heads
         slot = turn & 1
         for half in gl.static_range(2):
             mbarrier.wait(queries_out.index(2 * slot + half), ((turn >> 1) & 1) ^ 1)
@@ -244,19 +247,27 @@ def producer(
             _load(key_tiles, [batch, key_head, start, 0], ready, key_buffer.index(stage))
             if factor_tiles is not None:
                 _load(
-                    factor_tiles, [batch * key_heads + key_head, start], ready,
-                    factor_buffer.index(stage),
+                    factor_tiles, [key_row, start], ready, factor_buffer.index(stage),
                 )  # fmt: skip
             values_batch, values_head, values_start = batch, key_head, start
             step += 1
-        tile, batch, head, first, count = item(index, shape, table, KEYS)
+        tile, batch, head, key_row, first, count = item(index, shape, table, KEYS)
         while (count <= 0) & (index < total):
             index = following_item(counter)
-            tile, batch, head, first, count = item(index, shape, table, KEYS)
+            tile, batch, head, key_row, first, count = item(index, shape, table, KEYS)
         turn += 1
         slot = turn & 1
         mbarrier.wait(index_out.index(slot), ((turn >> 1) & 1) ^ 1)
-        announce(index_buffer, slot, gl.where(index < total, tile, -1), batch, head, first, count)
+        announce(
+            index_buffer,
+            slot,
+            gl.where(index < total, tile, -1),
+            batch,
+            head,
+            key_row,
+            first,
+            count,
+        )
         mbarrier.arrive(index_in.index(slot), count=1)
     if step > 0:
         stage = step % STAGES
@@ -295,7 +306,7 @@ def consumer(
         terms[0], terms[1], terms[2], terms[3], terms[4], terms[5], terms[6], terms[7],
     )  # fmt: skip
     levels, common_level, epsilon = terms[8], terms[9], terms[10]
-    heads, group, num_queries = shape[3], shape[4], shape[6]
+    heads, num_queries = shape[3], shape[6]
     SIZE: gl.constexpr = query_buffer.shape[4]
     VALUE_SIZE: gl.constexpr = value_buffer.shape[4]
     DTYPE: gl.constexpr = query_buffer.dtype
@@ -307,7 +318,7 @@ def consumer(
     no_score = gl.zeros([HALF, KEYS], gl.float32, SCORE)
     step = 0
     turn = 0
-    tile, batch, head, first, count = published(index_buffer, barriers, turn)
+    tile, batch, head, key_row, first, count = published(index_buffer, barriers, turn)
     inner_start, inner_end, start, end = visibility(
         tile, batch, shape, table, bounds, half, HALF, ROW
     )
@@ -337,6 +348,10 @@ def consumer(
             inverse = 1.0 / (factor * factor)
             if POWER == 2:
                 inverse = inverse * inverse
+        # The logarithm of what all weights of the head lack; a sink is compared with it.
+        base = common_level
+        if levels is not None:
+            base = base + gl.load(levels + key_row)
         row_keys = keys
         if keys is not None:
             row_keys = keys + batch.to(gl.int64) * keys_batch
@@ -407,7 +422,9 @@ def consumer(
 
         # The last values of this tile and the first keys of the next one.
         turn += 1
-        next_tile, next_batch, next_head, first, count = published(index_buffer, barriers, turn)
+        next_tile, next_batch, next_head, key_row, first, count = published(
+            index_buffer, barriers, turn
+        )
         other = 2 * (turn & 1) + half
         mbarrier.wait(queries_in.index(other), (turn >> 1) & 1, pred=next_tile >= 0)
         stage = step % STAGES
@@ -427,11 +444,8 @@ def consumer(
         rounding = gl.convert_layout(gl.sum(rounding, 1), ROW)
         total = gl.convert_layout(gl.sum(total, 1), ROW)
         query = tile * (2 * HALF) + half * HALF + gl.arange(0, HALF, ROW)
-        # The logarithm of what all weights of the head lack; a sink is compared with it.
-        base = common_level
-        if levels is not None:
-            base = base + gl.load(levels + batch * (heads // group) + head // group)
         level = total * 0.0 + base
+        normalise = 1.0 / LIFT
         if sinks is not None:
             sink = gl.load(
                 sinks + batch.to(gl.int64) * sinks_batch + head.to(gl.int64) * sinks_head
@@ -442,12 +456,13 @@ def consumer(
             shrink = gl.exp2((base - level) * _LOG2_E)
             total = total * shrink + gl.exp2((sink - level) * _LOG2_E)
             rounding = rounding * shrink
+            normalise = shrink * normalise
         exact_total = total - rounding
         seen = exact_total >= _TINY
         exact_total = gl.where(seen, exact_total, 1.0)
         heavy = total >= _TINY
         total = gl.where(heavy, total, 1.0)
-        normalise = gl.where(heavy, gl.exp2((base - level) * _LOG2_E) / total, 0.0) * (1.0 / LIFT)
+        normalise = gl.where(heavy, normalise / total, 0.0)
         out = out * gl.convert_layout(normalise, gl.SliceLayout(1, OUT))[:, None]
         gl.store(
             log_normalizer + (batch * heads + head).to(gl.int64) * num_queries + query,
