@@ -464,15 +464,16 @@ def consumer(
         total = gl.where(heavy, total, 1.0)
         normalise = gl.where(heavy, normalise / total, 0.0)
         out = out * gl.convert_layout(normalise, gl.SliceLayout(1, OUT))[:, None]
+        staging = out_buffer.index(half if SIZE != VALUE_SIZE else 2 * slot + half)
+        staging.reshape([HALF, VALUE_SIZE]).store(out.to(DTYPE))
+        fence_async_shared()
+        _store(out_tiles, [batch, head, tile * (2 * HALF) + half * HALF, 0], staging)
+        # After the fence, which would wait for it.
         gl.store(
             log_normalizer + (batch * heads + head).to(gl.int64) * num_queries + query,
             gl.where(seen, gl.log2(exact_total) * _LN_2 + level, float("-inf")),
             mask=query < num_queries,
         )
-        staging = out_buffer.index(half if SIZE != VALUE_SIZE else 2 * slot + half)
-        staging.reshape([HALF, VALUE_SIZE]).store(out.to(DTYPE))
-        fence_async_shared()
-        _store(out_tiles, [batch, head, tile * (2 * HALF) + half * HALF, 0], staging)
         tile, batch, head = next_tile, next_batch, next_head
         score = warpgroup_mma_wait(0, deps=[score])
     tma.store_wait(0)
