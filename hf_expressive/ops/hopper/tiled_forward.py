@@ -119,7 +119,7 @@ def entry_of(tile, batch, shape, table):
 def item(index, shape, table, KEYS: gl.constexpr):
     """(tile, batch, head, row of B · K, first block, number of blocks of keys) of a work item.
 
-    A number of 0 or less: the tile sees nothing, and `launch.forward` sees to it.
+    A number of 0 or less: the tile sees nothing, and `plan.fill_empty` has written its rows.
     """
     tile, row = place(gl.minimum(index, shape[0] * shape[1] - 1), shape)
     batch = row // shape[3]
@@ -281,10 +281,18 @@ def producer(
 
 
 @gluon.jit
+def unsigned(x):
+    """A 32-bit integer read as an unsigned one."""
+    return x.to(gl.uint32)
+
+
+@gluon.jit
 def hide(tile, start, end, begin, keys, KEYS: gl.constexpr, LAYOUT: gl.constexpr):
     """The scores or weights of a block that starts at key `begin`, 0 where the key is hidden."""
     key = begin + gl.arange(0, KEYS, gl.SliceLayout(0, LAYOUT))
-    visible = (key[None, :] >= start[:, None]) & (key[None, :] < end[:, None])
+    # One comparison for two: a key before the first is, unsigned, far behind the last.
+    length = unsigned(gl.maximum(end - start, 0))
+    visible = unsigned(key[None, :] - start[:, None]) < length[:, None]
     if keys is not None:
         shown = gl.load(keys + key, mask=key < gl.max(end, 0), other=0) != 0
         visible = visible & shown[None, :]
