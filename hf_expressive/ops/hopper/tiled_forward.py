@@ -246,9 +246,7 @@ def producer(
             start = (first + count - 1 - back) * KEYS
             _load(key_tiles, [batch, key_head, start, 0], ready, key_buffer.index(stage))
             if factor_tiles is not None:
-                _load(
-                    factor_tiles, [key_row, start], ready, factor_buffer.index(stage),
-                )  # fmt: skip
+                _load(factor_tiles, [key_row, start], ready, factor_buffer.index(stage))
             values_batch, values_head, values_start = batch, key_head, start
             step += 1
         tile, batch, head, key_row, first, count = item(index, shape, table, KEYS)
@@ -258,16 +256,8 @@ def producer(
         turn += 1
         slot = turn & 1
         mbarrier.wait(index_out.index(slot), ((turn >> 1) & 1) ^ 1)
-        announce(
-            index_buffer,
-            slot,
-            gl.where(index < total, tile, -1),
-            batch,
-            head,
-            key_row,
-            first,
-            count,
-        )
+        known = gl.where(index < total, tile, -1)
+        announce(index_buffer, slot, known, batch, head, key_row, first, count)
         mbarrier.arrive(index_in.index(slot), count=1)
     if step > 0:
         stage = step % STAGES
