@@ -321,10 +321,11 @@ class _Namespace:
         }  # fmt: skip
 
     def replacements(self) -> dict[str, Any]:
-        """What stands for functions of the source that are inline assembly."""
+        """What stands for functions of the source that are inline assembly, or that torch lacks."""
         return {
             "_add": self.add, "arrivals": self.arrivals, "publish": self.publish,
             "reciprocal": lambda x: 1.0 / x, "rounded": lambda x: x.bfloat16(),
+            "unsigned": lambda x: x.long() & 0xFFFFFFFF,
             "as_multiplied": lambda x, dtype, lift: (x * lift).to(dtype).float() / lift,
         }  # fmt: skip
 

@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from hf_expressive.ops import expressive_attention, hopper, reference
 from hf_expressive.ops.functional import choose
+from hf_expressive.ops.hopper.launch import STAGES
 from hf_expressive.ops.hopper.plan import ROWS, plan
 from hf_expressive.ops.problem import AttentionProblem, KeyRanges
 from hf_expressive.ops.response import Response
@@ -28,6 +29,7 @@ from hf_expressive.ops.response import Response
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
 SQUARED = Response("hill", power=2.0)
+SQUARE = Response("square", epsilon=1e-3)
 
 
 def ranges(
@@ -93,6 +95,11 @@ CASES = {
         FULL,
         {"ranges": ranges(2, 300, 300, lambda b, q: q, lambda b, q: q + (q % 3) * 20 * (1 - b))},
     ),
+    "no row sees anything": (FULL, {"ranges": ranges(2, 300, 300, lambda b, q: q, lambda b, q: q)}),
+    "half of the tiles see nothing": (
+        (2, 4, 2, 1000, 1000),
+        {"ranges": ranges(2, 1000, 1000, lambda b, q: 900 * b, lambda b, q: q + 1)},
+    ),
     "hidden keys": (
         FULL,
         {
@@ -115,16 +122,68 @@ CASES = {
         },
     ),
 }
+KEYED: dict[str, Any] = {"response": SQUARE, "key_bias": lambda draw: 3 * draw(2, 2, 300)}
+CASES |= {
+    "square": (FULL, {"response": SQUARE}),
+    "square, key bias": (FULL, KEYED),
+    "square, key bias, causal": (FULL, KEYED | {"is_causal": True, "scale": 1.0}),
+    "square, key bias, window": (FULL, KEYED | {"is_causal": True, "sliding_window": 37}),
+    "square, key bias, gain and sinks": (
+        FULL,
+        KEYED
+        | {
+            "is_causal": True,
+            "gain": torch.tensor([0.1, 1.0, -3.0, 0.0]),
+            "sinks": torch.tensor([-2.0, 0.0, 12.0, 90.0]),
+        },
+    ),
+    "square, key bias, small scale, sinks": (
+        FULL,
+        KEYED | {"scale": 1e-3, "sinks": torch.tensor([-20.0, -10.0, 0.0, 90.0])},
+    ),
+    "square, one key": (
+        (2, 2, 2, 100, 1),
+        {"response": SQUARE, "key_bias": lambda draw: 50 + draw(2, 2, 1)},
+    ),
+    "square, fewer queries than keys": (
+        (1, 4, 4, 131, 777),
+        {"is_causal": True, "response": SQUARE, "key_bias": lambda draw: 3 * draw(1, 4, 777)},
+    ),
+    "square, constant weights": (
+        FULL,
+        KEYED | {"is_causal": True, "response": Response("square", epsilon=1e4)},
+    ),
+    "square, one head spreads widely": (
+        FULL,
+        {
+            "is_causal": True,
+            "response": SQUARE,
+            "key_bias": lambda draw: (
+                torch.linspace(0, 1, 300, device=DEVICE)
+                * torch.tensor([[[400.0], [4.0]], [[-4.0], [50.0]]], device=DEVICE)
+            ),
+        },
+    ),
+}
+for masked in ("left padding", "packed, bidirectional, one pattern for both", "hidden keys"):
+    CASES[f"square, {masked}"] = (FULL, KEYED | CASES[masked][1])
+CASES["square, rows that see nothing"] = (FULL, KEYED | CASES["rows that see nothing"][1])
+SQUARES = [name for name in CASES if name.startswith("square")]
 
 
 def problem_of(
-    name: str, size: int, dtype: torch.dtype = torch.bfloat16, magnitude: float = 1.0
+    name: str,
+    size: int,
+    dtype: torch.dtype = torch.bfloat16,
+    magnitude: float = 1.0,
+    *,
+    value_size: int | None = None,
 ) -> AttentionProblem:
     sizes, options = CASES[name]
     options = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in options.items()}
     if "sinks" in options:
         options["sinks"] = options["sinks"].view(1, -1, 1)
-    return Case(name, (*sizes, size, size), dtype, magnitude, options).problem()
+    return Case(name, (*sizes, size, value_size or size), dtype, magnitude, options).problem()
 
 
 def check(problem: AttentionProblem) -> None:
@@ -150,6 +209,14 @@ def check(problem: AttentionProblem) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_matches_the_reference(name: str, size: int) -> None:
     check(problem_of(name, size))
+
+
+@needs_hopper
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("name", SQUARES)
+def test_matches_the_reference_with_values_of_another_size(name: str, size: int) -> None:
+    check(problem_of(name, size, value_size=192 - size))
 
 
 @needs_hopper
@@ -212,10 +279,11 @@ def test_a_captured_graph_follows_its_inputs() -> None:
         {"dropout": 0.1},
         {"softcap": 30.0},
         {"response": Response("hill", power=3.0)},
-        {"response": Response("square")},
+        {"response": Response("exp")},
         {"bias": torch.zeros(1)},
         {"mask": torch.ones(1)},
         {"key_bias": torch.zeros(1)},
+        {"value": torch.zeros(2, 2, 300, 128)},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -232,7 +300,7 @@ def test_auto_takes_them_for_large_problems() -> None:
     assert hopper.is_large(many)
     assert choose(few, "auto") == ("triton" if GPU else "blockwise")
     assert choose(many, "auto") == (
-        "hopper-forward" if HOPPER else "triton" if GPU else "blockwise"
+        "hopper" if HOPPER else "triton" if GPU else "blockwise"
     )
     capped = dataclasses.replace(many, softcap=30.0)
     assert choose(capped, "auto") == ("triton" if GPU else "blockwise")
@@ -266,7 +334,7 @@ def test_auto_compiles_into_one_graph_without_a_warning(pretended: tuple[Tensor,
         return graph.forward
 
     torch.compile(_Attention(), fullgraph=True, backend=backend)(*pretended)
-    assert [taken(graph) for graph in graphs] == [["hopper-forward"]]
+    assert [taken(graph) for graph in graphs] == [["hopper"]]
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -306,17 +374,21 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from hf_expressive.ops.hopper.tiled_forward import forward_kernel as kernel
 
-def tiles(rows):
-    block = [1, 1, rows, {size}]
+def tiles(rows, size={size}):
+    block = [1, 1, rows, size]
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
     return f"tensordesc<bf16{{block}},{{layout!r}}>".replace(", ", ",", 3)
 
-constants = dict(HALF=64, KEYS=128, STAGES=2, POWER={power}, FOLDED={folded}, LIFT=1.0, {absent})
+constants = dict(HALF=64, KEYS=128, STAGES={stages}, POWER={power}, FOLDED={folded}, LIFT=1.0,
+                 {absent})
 types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
-types |= dict(query_tiles=tiles(64), out_tiles=tiles(64), key_tiles=tiles(128), value_tiles=tiles(128))
+types |= dict(query_tiles=tiles(64), key_tiles=tiles(128))
+types |= dict(value_tiles=tiles(128, {value_size}), out_tiles=tiles(64, {value_size}))
 types |= dict(log_normalizer="*fp32", table="*i32", bounds="*i32", counter="*i32", scale="fp32")
-types |= {{name: kind for name, kind in dict(gain="*fp32", sinks="*fp32", keys="*u8").items()
-           if name not in constants}}
+types |= dict(common_level="fp32", epsilon="fp32")
+optional = dict(gain="*fp32", sinks="*fp32", keys="*u8", levels="*fp32")
+optional |= dict(factor_tiles=f"tensordesc<fp32[1,128],{{gl.NVMMASharedLayout(0, 32, 2)!r}}>")
+types |= {{name: kind for name, kind in optional.items() if name not in constants}}
 places = {{(kernel.arg_names.index(name),): value for name, value in constants.items()}}
 compiled = compile(GluonASTSource(kernel, types, places), target=GPUTarget("cuda", 90, 32),
                    options=dict(num_warps=4))
@@ -327,11 +399,25 @@ assert compiled.metadata.shared <= 227 * 1024
 
 
 @pytest.mark.parametrize(
-    ("size", "power", "folded", "absent"),
-    [(128, 1, True, "gain=None, sinks=None, keys=None"), (64, 2, False, "")],
+    ("size", "value_size", "power", "folded", "absent"),
+    [
+        (128, 128, 1, True, "gain=None, sinks=None, keys=None, levels=None, factor_tiles=None"),
+        (64, 64, 2, False, "levels=None, factor_tiles=None"),
+        (128, 64, 0, True, "gain=None, sinks=None, keys=None"),
+        (64, 128, 0, False, ""),
+    ],
 )
-def test_kernel_compiles_without_a_gpu(size: int, power: int, folded: bool, absent: str) -> None:
-    script = _COMPILE.format(size=size, power=power, folded=folded, absent=absent)
+def test_kernel_compiles_without_a_gpu(
+    size: int, value_size: int, power: int, folded: bool, absent: str
+) -> None:
+    script = _COMPILE.format(
+        size=size,
+        value_size=value_size,
+        stages=STAGES[size, value_size],
+        power=power,
+        folded=folded,
+        absent=absent,
+    )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True
@@ -400,6 +486,6 @@ def test_explain_says_what_runs() -> None:
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, attn_implementation="expressive")
     half = model.to(DEVICE, torch.bfloat16)
-    assert [row.implementation for row in hf_expressive.explain(half).layers] == ["hopper-forward"]
+    assert [row.implementation for row in hf_expressive.explain(half).layers] == ["hopper"]
     full = model.to(torch.float32)
     assert [row.implementation for row in hf_expressive.explain(full).layers] == ["triton"]

@@ -19,12 +19,18 @@ pytestmark = [
 
 
 def off_gpu(
-    name: str, size: int, seed: int, monkeypatch: pytest.MonkeyPatch, **machine: Any
+    name: str,
+    size: int,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    value_size: int | None = None,
+    **machine: Any,
 ) -> None:
     """`check` with the kernel run by `gluon_machine`."""
     monkeypatch.setattr(launch, "forward_kernel", launcher("forward_kernel", seed, **machine))
     monkeypatch.setattr(hopper, "unsupported", lambda problem: None)
-    check(problem_of(name, size))
+    check(problem_of(name, size, value_size=value_size))
 
 
 LONG = ("one head, many tiles", "more heads than programs")
@@ -36,6 +42,22 @@ def test_matches_the_reference_in_any_order_of_events(
     name: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     off_gpu(name, size, size + len(name), monkeypatch)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "square, key bias, causal",
+        "square, key bias, gain and sinks",
+        "square, left padding",
+        "square, one head spreads widely",
+    ],
+)
+def test_values_may_have_another_size(
+    name: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    off_gpu(name, size, size + len(name), monkeypatch, value_size=192 - size)
 
 
 @pytest.mark.parametrize("name", LONG)

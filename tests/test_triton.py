@@ -210,6 +210,7 @@ CASES = [
     Case("power 1.5", options={"response": Response("hill", power=1.5)}),
     Case("square", options={"response": SQUARE}),
     Case("square, key bias", WIDE_GROUP, options=CAUSAL | {"response": SQUARE, "key_bias": lambda draw: 5 * draw(2, 2, 45)}),
+    Case("square, key bias, keys first", WIDE_GROUP, options={"response": SQUARE, "key_bias": lambda draw: 5 * draw(2, 45, 2).mT}),
     Case("steep key bias", (1, 1, 1, 70, 70, 16, 16), options=CAUSAL | {"response": SQUARE, "key_bias": lambda draw: torch.linspace(0, 400, 70, device=DEVICE)[None, None]}),
     Case("key bias steep in one head", (1, 2, 2, 70, 70, 16, 16), options=CAUSAL | {"response": SQUARE, "key_bias": lambda draw: torch.linspace(0, 1, 70, device=DEVICE) * torch.tensor([[[400.0], [4.0]]], device=DEVICE)}),
     Case("steep key bias, sinks, window", (1, 2, 1, 70, 70, 16, 16), options=CAUSAL | {"sliding_window": 20, "response": SQUARE, "key_bias": lambda draw: torch.linspace(0, 400, 70, device=DEVICE)[None, None], "sinks": lambda draw: draw(1, 2, 1)}),

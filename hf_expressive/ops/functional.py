@@ -222,7 +222,7 @@ def choose(problem: AttentionProblem, impl: str, *, return_weights: bool = False
             return "blockwise"
         here = not torch.compiler.is_exporting()
         if here and hopper.unsupported(problem) is None and hopper.is_large(problem):
-            return "hopper-forward"
+            return "hopper"
         return "triton" if triton.unsupported(problem) is None else "blockwise"
     if impl in _KERNELS and (reason := _KERNELS[impl].unsupported(problem)) is not None:
         raise NotImplementedError(f"impl={impl!r} does not cover this call: {reason}")

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from . import blockwise, hopper, triton
-from .hopper import forward_only
 from .operator import operator
 from .problem import AttentionProblem, KeyRanges
 from .response import Response
@@ -42,7 +41,6 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "blockwise": blockwise,
     "triton": triton,
     "hopper": hopper,
-    "hopper-forward": forward_only,
 }
 
 _NO_WINDOW = -1

@@ -1,7 +1,8 @@
 """Kernels for Hopper GPUs (compute capability 9.0): the cases that training spends its time on.
 
-Expressive attention of power 1 and 2 with causality, sliding window, padding, packed sequences, grouped
-heads, learned gain and sinks, for head sizes 64 and 128 in bfloat16 and float16. Written in Gluon
+Expressive attention of power 1 and 2, in bfloat16 and float16, and the square response of implicit
+kernel attention with a bias a key, in bfloat16; with causality, sliding window, padding, packed
+sequences, grouped heads, learned gain and sinks, for head sizes 64 and 128. Written in Gluon
 (`tiled_forward`, `tiled_backward`). Deterministic: which program computes a tile varies, what it
 computes does not.
 
@@ -32,12 +33,24 @@ def unsupported(problem: AttentionProblem) -> str | None:
         return reason
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"the Hopper kernels take bfloat16 or float16 tensors, got {query.dtype}."
-    if query.shape[-1] not in _HEAD_SIZES or value.shape[-1] != query.shape[-1]:
-        sizes = f"{query.shape[-1]} and {value.shape[-1]}"
-        return f"the Hopper kernels take equal head sizes of 64 or 128, got {sizes}."
-    if response.kind != "hill" or response.power not in (1.0, 2.0):
-        return f"the Hopper kernels compute Hill responses of power 1 and 2, got {response}."
-    for name in ("key_bias", "bias", "mask", "softcap"):
+    sizes = f"{query.shape[-1]} and {value.shape[-1]}"
+    if query.shape[-1] not in _HEAD_SIZES or value.shape[-1] not in _HEAD_SIZES:
+        return f"the Hopper kernels take head sizes of 64 or 128, got {sizes}."
+    if response.kind == "square":
+        if query.dtype == torch.float16:
+            return (
+                "the Hopper kernels compute square responses, which outgrow float16, in bfloat16."
+            )
+    elif response.kind != "hill" or response.power not in (1.0, 2.0):
+        return (
+            "the Hopper kernels compute Hill responses of power 1 and 2 and square responses, "
+            f"got {response}."
+        )
+    elif value.shape[-1] != query.shape[-1]:
+        return f"the Hopper kernels take equal head sizes with Hill responses, got {sizes}."
+    elif problem.key_bias is not None:
+        return "the Hopper kernels take key_bias with square responses only."
+    for name in ("bias", "mask", "softcap"):
         if getattr(problem, name) is not None:
             return f"the Hopper kernels take no {name}."
     if problem.dropout > 0.0:
@@ -131,6 +144,8 @@ def has_own_backward(problem: AttentionProblem) -> bool:
     from ..triton.launch import ceil_div
     from .gradient import KEYS
 
+    if problem.response.kind != "hill":
+        return False
     batch, key_heads, num_keys, _ = problem.key.shape
     plain = problem.is_causal and problem.ranges is None and problem.sliding_window is None
     return plain and problem.group == 1 and batch * key_heads * ceil_div(num_keys, KEYS) >= 2048

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..problem import AttentionProblem
+from ..triton import tiled_forward as portable
 from ..triton.launch import (
+    Call,
     addressable,
     contiguous_float,
     element_strides,
@@ -16,7 +20,7 @@ from ..triton.launch import (
     num_processors,
     shown_keys,
 )
-from .plan import ROWS, plan
+from .plan import ROWS, fill_empty, plan
 from .tiled_forward import forward_kernel
 
 # Keys of a block, and the size of a half of the queries: what one matrix instruction spans.
@@ -25,11 +29,17 @@ HALF = ROWS // 2
 # Keys and values of the heads that programs work on at a time; they should stay in the L2 cache, of
 # which an H200 has 50 MiB. With all heads at once it thrashes (hit rate 42 % instead of 84 %).
 _BAND_BYTES = 16 * 2**20
+#: Blocks of keys and values in flight, at most as many as fit 227 KiB. Key: sizes of keys and values.
+STAGES = {(64, 64): 4, (64, 128): 3, (128, 64): 3, (128, 128): 2}
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
 def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """`ops.hopper.forward`.
+
+    A square response may come with a key bias c: its weights are multiplied by exp(c_j − max c), one
+    maximum a key/value head. Heads whose c spread too far for that are computed again by the portable
+    kernel, which leaves the others alone; which they are, is known on the device only.
 
     Returns:
         out: (B, H, Q, E) in the dtype of the query, contiguous.
@@ -41,15 +51,29 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     log_normalizer = out.new_empty(batch, heads, num_queries, dtype=torch.float32)
     tables = plan(problem)
     keys = shown_keys(problem)
-    gain, sinks = problem.gain, problem.sinks
+    gain, sinks, response = problem.gain, problem.sinks, problem.response
+    foldable = is_foldable(problem)
+    factors = levels = None
+    common_level = epsilon = 0.0
+    if response.kind == "square":
+        epsilon = response.epsilon
+        if foldable:
+            epsilon /= problem.scale**2
+            common_level = 2.0 * math.log(abs(problem.scale))
+    call = None if problem.key_bias is None else Call(problem)
+    if call is not None:
+        assert call.key_factor is not None
+        factors, levels = key_factors(call.key_factor), call.level
     half_precision = problem.query.dtype == torch.float16
     pair_bytes = num_keys * (size + value_size) * problem.key.element_size()
     band = max(1, _BAND_BYTES // pair_bytes) * problem.group
+    fill_empty(tables, problem, out, log_normalizer)
     programs = min(num_processors(problem), tables.count * batch * heads)
     forward_kernel[(programs,)](
         tiles(problem.query, HALF),
         tiles(problem.key, KEYS),
         tiles(problem.value, KEYS),
+        factors,
         tiles(out, HALF),
         log_normalizer,
         tables.tiles,
@@ -58,7 +82,10 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         contiguous_float(gain),
         sinks,
         keys,
+        levels,
         float(problem.scale),
+        common_level,
+        epsilon,
         *element_strides(sinks, 3),
         *element_strides(keys, 1),
         tables.count,
@@ -70,14 +97,24 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         num_queries,
         HALF=HALF,
         KEYS=KEYS,
-        STAGES=2 if size == 128 else 4,
-        POWER=int(problem.response.power),
-        FOLDED=is_foldable(problem),
+        STAGES=STAGES[size, value_size],
+        POWER=0 if response.kind == "square" else int(response.power),
+        FOLDED=foldable,
         # Keeps small weights out of the subnormal range of float16.
         LIFT=2.0**14 if half_precision else 1.0,
         num_warps=4,
     )
+    if call is not None:
+        _, for_wide_spreads = call.rules()
+        portable.compute(call, for_wide_spreads, out, log_normalizer)
     return out, log_normalizer
+
+
+def key_factors(factors: Tensor) -> TensorDescriptor:
+    """Descriptor of blocks of the rows of (B, K, N) float32 factors of the keys."""
+    rows, strides = addressable(factors.flatten(0, 1))
+    layout = gl.NVMMASharedLayout(0, 32, 2)
+    return TensorDescriptor(rows, list(rows.shape), [*strides, 1], [1, KEYS], layout)
 
 
 def tiles(tensor: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:

@@ -85,6 +85,33 @@ def plan_kernel(
         tl.store(counter, 0)
 
 
+@triton.jit(do_not_specialize=["heads", "num_queries", "patterns"])
+def empty_kernel(
+    tiles,
+    out,
+    log_normalizer,
+    heads,
+    num_queries,
+    patterns,
+    VALUE_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    row = tl.program_id(1)
+    pattern = tl.minimum(row // heads, patterns - 1)
+    entry = tiles + (pattern * tl.num_programs(0) + tile) * FIELDS
+    if tl.load(entry) < tl.load(entry + 1):
+        return
+    query = tile * ROWS + tl.arange(0, ROWS)
+    place = row.to(tl.int64) * num_queries + query
+    inside = query < num_queries
+    size = tl.arange(0, VALUE_SIZE)
+    zero = tl.zeros((ROWS, VALUE_SIZE), out.dtype.element_ty)
+    tl.store(out + place[:, None] * VALUE_SIZE + size[None, :], zero, mask=inside[:, None])
+    tl.store(log_normalizer + place, float("-inf"), mask=inside)
+
+
 def reach(problem: AttentionProblem) -> tuple[int, int]:
     """(left, right): by causality and window a query at diagonal d sees d − left < j < d + right."""
     everything = problem.query.shape[2] + problem.key.shape[2]
@@ -122,3 +149,29 @@ def plan(problem: AttentionProblem) -> Plan:
         num_warps=1,
     )
     return Plan(rows, tiles, counter, count)
+
+
+def fill_empty(
+    tables: Plan, problem: AttentionProblem, out: Tensor, log_normalizer: Tensor
+) -> None:
+    """Writes the rows of the tiles of queries that see nothing: 0, and −inf.
+
+    Args:
+        out: (B, H, Q, E), contiguous.
+        log_normalizer: (B, H, Q), contiguous.
+    """
+    batch, heads, num_queries, value_size = out.shape
+    if problem.ranges is None and num_queries <= problem.key.shape[2]:
+        return  # the aligned diagonal passes through a key of every query
+    empty_kernel[(tables.count, batch * heads)](
+        tables.tiles,
+        out,
+        log_normalizer,
+        heads,
+        num_queries,
+        tables.patterns,
+        VALUE_SIZE=value_size,
+        ROWS=ROWS,
+        FIELDS=FIELDS,
+        num_warps=4,
+    )

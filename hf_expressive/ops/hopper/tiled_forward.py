@@ -11,7 +11,8 @@ Each consumer holds 64 of the queries and takes one step a block of keys:
 Weights need no running maximum, so nothing that was accumulated is ever rescaled. Steps run on across
 the end of a tile: its last values share a step with the first keys of the next tile. A stage of the
 ring buffer therefore holds the pair that one step needs: the values of a block and the keys of the
-block after it. The tile's output leaves through the shared memory of its own queries.
+block after it, with their factors where there are any (`launch.key_factors`). The tile's output leaves
+through the shared memory of its own queries, or through one of its own where sizes differ.
 """
 
 from __future__ import annotations
@@ -48,20 +49,30 @@ def reciprocal(x):
 
 
 @gluon.jit
-def weights_of(score, factor, inverse, POWER: gl.constexpr, FOLDED: gl.constexpr):
+def weights_of(
+    score, factor, inverse, factors,
+    POWER: gl.constexpr, FOLDED: gl.constexpr, KEYED: gl.constexpr,
+):  # fmt: skip
     """z²ⁿ / (1 + z²ⁿ) of z = factor · score, or s²ⁿ / (s²ⁿ + inverse) with `FOLDED`.
+
+    With `POWER` 0 the square response: z² + inverse, or s² + inverse with `FOLDED`. factors: with
+    `KEYED`, what the weights of each key are multiplied by.
 
     Power 1 is not clamped, which would cost 7 % of the whole kernel: a score beyond 1.8e19, whose square
     is infinite, gives NaN. Power 2 clamps z² where the response is 1 to the last bit.
     """
     if not FOLDED:
         score = score * factor
-        inverse = 1.0
     raised = score * score
     if POWER == 2:
         raised = gl.minimum(raised, 1e18)
         raised = raised * raised
-    return raised * reciprocal(raised + inverse)
+    weight = raised + inverse
+    if POWER > 0:
+        weight = raised * reciprocal(weight)
+    if KEYED:
+        weight = weight * factors
+    return weight
 
 
 @gluon.jit
@@ -98,36 +109,84 @@ def place(index, shape):
 
 
 @gluon.jit
-def entry_of(tile, row, shape, table):
+def entry_of(tile, batch, shape, table):
     """Address of the plan's numbers for a tile."""
-    tiles, heads, patterns = shape[0], shape[3], shape[5]
-    pattern = gl.minimum(row // heads, patterns - 1)
-    return table + (pattern * tiles + tile) * _FIELDS
+    tiles, patterns = shape[0], shape[5]
+    return table + (gl.minimum(batch, patterns - 1) * tiles + tile) * _FIELDS
 
 
 @gluon.jit
-def blocks_of(entry, KEYS: gl.constexpr):
-    """(first block, number of blocks) of keys; one block at least, all of its keys may be hidden."""
+def item(index, shape, table, KEYS: gl.constexpr):
+    """(tile, batch, head, row of B · K, first block, number of blocks of keys) of a work item.
+
+    A number of 0 or less: the tile sees nothing, and `plan.fill_empty` has written its rows.
+    """
+    tile, row = place(gl.minimum(index, shape[0] * shape[1] - 1), shape)
+    batch = row // shape[3]
+    head = row - batch * shape[3]
+    entry = entry_of(tile, batch, shape, table)
     first = gl.load(entry) // KEYS
-    return first, gl.maximum(gl.cdiv(gl.load(entry + 1), KEYS) - first, 1)
+    count = gl.cdiv(gl.load(entry + 1), KEYS) - first
+    return tile, batch, head, row // shape[4], first, count
+
+
+@gluon.jit
+def following_item(counter):
+    """The next work item that no program has taken yet."""
+    return gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+
+
+@gluon.jit
+def announce(buffer, slot, tile, batch, head, key_row, first, count):
+    """Writes a work item for the consumers; tile −1: there is none left."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    buffer.index(8 * slot + 0).store(gl.full([1], tile, gl.int32, ONE))
+    buffer.index(8 * slot + 1).store(gl.full([1], batch, gl.int32, ONE))
+    buffer.index(8 * slot + 2).store(gl.full([1], head, gl.int32, ONE))
+    buffer.index(8 * slot + 3).store(gl.full([1], key_row, gl.int32, ONE))
+    buffer.index(8 * slot + 4).store(gl.full([1], first, gl.int32, ONE))
+    buffer.index(8 * slot + 5).store(gl.full([1], count, gl.int32, ONE))
+
+
+@gluon.jit
+def number(buffer, place):
+    """The number at a place of a buffer."""
+    return gl.max(buffer.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def published(buffer, barriers, turn):
+    """The work item of a turn, in the order of `announce`'s arguments."""
+    index_in, index_out = barriers[4], barriers[5]
+    slot = turn & 1
+    mbarrier.wait(index_in.index(slot), (turn >> 1) & 1)
+    place = 8 * slot
+    tile = number(buffer, place)
+    batch = number(buffer, place + 1)
+    head = number(buffer, place + 2)
+    key_row = number(buffer, place + 3)
+    first = number(buffer, place + 4)
+    count = number(buffer, place + 5)
+    mbarrier.arrive(index_out.index(slot), count=1)
+    return tile, batch, head, key_row, first, count
 
 
 @gluon.jit
 def visibility(
-    tile, row, shape, table, bounds,
-    half: gl.constexpr, HALF: gl.constexpr, KEYS: gl.constexpr, LAYOUT: gl.constexpr,
+    tile, batch, shape, table, bounds,
+    half: gl.constexpr, HALF: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """What half a tile sees: `blocks_of`, [start, end) of what all of its queries see, and of each."""
-    tiles, heads, patterns = shape[0], shape[3], shape[5]
-    entry = entry_of(tile, row, shape, table)
-    first, count = blocks_of(entry, KEYS)
+    """What half a tile sees: [start, end) of what all of its queries see, and of each."""
+    tiles, patterns = shape[0], shape[5]
+    tile = gl.maximum(tile, 0)
+    entry = entry_of(tile, batch, shape, table)
     inner_start = gl.load(entry + 2 + 2 * half)
     inner_end = gl.load(entry + 3 + 2 * half)
     query = tile * (2 * HALF) + half * HALF + gl.arange(0, HALF, LAYOUT)
-    pattern = gl.minimum(row // heads, patterns - 1)
+    pattern = gl.minimum(batch, patterns - 1)
     start = gl.load(bounds + pattern * (tiles * 2 * HALF) + query)
     end = gl.load(bounds + (patterns + pattern) * (tiles * 2 * HALF) + query)
-    return first, count, inner_start, inner_end, start, end
+    return inner_start, inner_end, start, end
 
 
 @gluon.jit
@@ -135,34 +194,41 @@ def producer(
     descriptors, buffers, barriers, table, counter, shape,
     HALF: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    query_tiles, key_tiles, value_tiles = descriptors[0], descriptors[1], descriptors[2]
-    query_buffer, key_buffer, value_buffer, index_buffer = (
-        buffers[0], buffers[1], buffers[2], buffers[3],
+    query_tiles, key_tiles, value_tiles, factor_tiles = (
+        descriptors[0], descriptors[1], descriptors[2], descriptors[3],
+    )  # fmt: skip
+    query_buffer, key_buffer, value_buffer, factor_buffer, index_buffer = (
+        buffers[0], buffers[1], buffers[2], buffers[3], buffers[4],
     )  # fmt: skip
     queries_in, queries_out, step_in, step_out, index_in, index_out = (
         barriers[0], barriers[1], barriers[2], barriers[3], barriers[4], barriers[5],
     )  # fmt: skip
-    total, heads, group = shape[0] * shape[1], shape[3], shape[4]
-    KEY_BYTES: gl.constexpr = key_tiles.block_type.nbytes
+    total, key_heads = shape[0] * shape[1], shape[3] // shape[4]
+    KEY_BYTES: gl.constexpr = key_tiles.block_type.nbytes + (
+        0 if factor_tiles is None else factor_tiles.block_type.nbytes
+    )
     VALUE_BYTES: gl.constexpr = value_tiles.block_type.nbytes
     step = 0
     turn = 0
-    index = gl.program_id(0)
     values_batch, values_head, values_start = 0, 0, 0
+    index = gl.program_id(0)
+    tile, batch, head, key_row, first, count = item(index, shape, table, KEYS)
+    while (count <= 0) & (index < total):
+        index = following_item(counter)
+        tile, batch, head, key_row, first, count = item(index, shape, table, KEYS)
+    announce(index_buffer, 0, gl.where(index < total, tile, -1), batch, head, key_row, first, count)
+    mbarrier.arrive(index_in.index(0), count=1)
     while index < total:
         # Asked for here, the answer is there when this tile's copies have been issued.
-        following = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
-        tile, row = place(index, shape)
-        first, count = blocks_of(entry_of(tile, row, shape, table), KEYS)
-        batch = row // heads
-        key_head = row % heads // group
+        index = following_item(counter)
+        key_head = key_row - batch * key_heads
         slot = turn & 1
         for half in gl.static_range(2):
             mbarrier.wait(queries_out.index(2 * slot + half), ((turn >> 1) & 1) ^ 1)
             ready = queries_in.index(2 * slot + half)
             mbarrier.expect(ready, query_tiles.block_type.nbytes)
             _load(
-                query_tiles, [batch, row % heads, tile * (2 * HALF) + half * HALF, 0], ready,
+                query_tiles, [batch, head, tile * (2 * HALF) + half * HALF, 0], ready,
                 query_buffer.index(2 * slot + half),
             )  # fmt: skip
         for back in range(count):
@@ -179,33 +245,48 @@ def producer(
                 )  # fmt: skip
             start = (first + count - 1 - back) * KEYS
             _load(key_tiles, [batch, key_head, start, 0], ready, key_buffer.index(stage))
+            if factor_tiles is not None:
+                _load(factor_tiles, [key_row, start], ready, factor_buffer.index(stage))
             values_batch, values_head, values_start = batch, key_head, start
             step += 1
-        index = following
-        mbarrier.wait(index_out.index(slot), ((turn >> 1) & 1) ^ 1)
-        index_buffer.index(slot).store(
-            gl.full([1], index, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
-        )
-        mbarrier.arrive(index_in.index(slot), count=1)
+        tile, batch, head, key_row, first, count = item(index, shape, table, KEYS)
+        while (count <= 0) & (index < total):
+            index = following_item(counter)
+            tile, batch, head, key_row, first, count = item(index, shape, table, KEYS)
         turn += 1
-    stage = step % STAGES
-    ready = step_in.index(stage)
-    mbarrier.wait(step_out.index(stage), ((step // STAGES) & 1) ^ 1)
-    mbarrier.expect(ready, VALUE_BYTES)
-    _load(
-        value_tiles, [values_batch, values_head, values_start, 0], ready, value_buffer.index(stage)
-    )
+        slot = turn & 1
+        mbarrier.wait(index_out.index(slot), ((turn >> 1) & 1) ^ 1)
+        known = gl.where(index < total, tile, -1)
+        announce(index_buffer, slot, known, batch, head, key_row, first, count)
+        mbarrier.arrive(index_in.index(slot), count=1)
+    if step > 0:
+        stage = step % STAGES
+        ready = step_in.index(stage)
+        mbarrier.wait(step_out.index(stage), ((step // STAGES) & 1) ^ 1)
+        mbarrier.expect(ready, VALUE_BYTES)
+        _load(
+            value_tiles, [values_batch, values_head, values_start, 0], ready,
+            value_buffer.index(stage),
+        )  # fmt: skip
 
 
 @gluon.jit
-def hide(score, start, end, begin, keys, KEYS: gl.constexpr, LAYOUT: gl.constexpr):
-    """The scores of a block that starts at key `begin`, 0 (weight 0) where the key is hidden."""
+def unsigned(x):
+    """A 32-bit integer read as an unsigned one."""
+    return x.to(gl.uint32)
+
+
+@gluon.jit
+def hide(tile, start, end, begin, keys, KEYS: gl.constexpr, LAYOUT: gl.constexpr):
+    """The scores or weights of a block that starts at key `begin`, 0 where the key is hidden."""
     key = begin + gl.arange(0, KEYS, gl.SliceLayout(0, LAYOUT))
-    visible = (key[None, :] >= start[:, None]) & (key[None, :] < end[:, None])
+    # One comparison for two: a key before the first is, unsigned, far behind the last.
+    length = unsigned(gl.maximum(end - start, 0))
+    visible = unsigned(key[None, :] - start[:, None]) < length[:, None]
     if keys is not None:
         shown = gl.load(keys + key, mask=key < gl.max(end, 0), other=0) != 0
         visible = visible & shown[None, :]
-    return gl.where(visible, score, 0.0)
+    return gl.where(visible, tile, 0.0)
 
 
 @gluon.jit
@@ -214,18 +295,16 @@ def consumer(
     HALF: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, POWER: gl.constexpr,
     FOLDED: gl.constexpr, LIFT: gl.constexpr,
 ):  # fmt: skip
-    query_buffer, key_buffer, value_buffer, index_buffer = (
-        buffers[0], buffers[1], buffers[2], buffers[3],
+    query_buffer, key_buffer, value_buffer, factor_buffer, index_buffer, out_buffer = (
+        buffers[0], buffers[1], buffers[2], buffers[3], buffers[4], buffers[5],
     )  # fmt: skip
-    queries_in, queries_out, step_in, step_out, index_in, index_out = (
-        barriers[0], barriers[1], barriers[2], barriers[3], barriers[4], barriers[5],
-    )  # fmt: skip
+    queries_in, queries_out, step_in, step_out = barriers[0], barriers[1], barriers[2], barriers[3]
     table, bounds = tables[0], tables[1]
     scale, gain, sinks, sinks_batch, sinks_head, sinks_query, keys, keys_batch = (
         terms[0], terms[1], terms[2], terms[3], terms[4], terms[5], terms[6], terms[7],
     )  # fmt: skip
+    levels, common_level, epsilon = terms[8], terms[9], terms[10]
     heads, num_queries = shape[3], shape[6]
-    total_tiles = shape[0] * shape[1]
     SIZE: gl.constexpr = query_buffer.shape[4]
     VALUE_SIZE: gl.constexpr = value_buffer.shape[4]
     DTYPE: gl.constexpr = query_buffer.dtype
@@ -233,51 +312,70 @@ def consumer(
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE_SIZE, 16])
     WEIGHT: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
+    KEYED: gl.constexpr = levels is not None
     no_score = gl.zeros([HALF, KEYS], gl.float32, SCORE)
     step = 0
     turn = 0
-    index = gl.program_id(0)
-    tile, row = place(index, shape)
-    first, count, inner_start, inner_end, start, end = visibility(
-        tile, row, shape, table, bounds, half, HALF, KEYS, ROW
+    tile, batch, head, key_row, first, count = published(index_buffer, barriers, turn)
+    inner_start, inner_end, start, end = visibility(
+        tile, batch, shape, table, bounds, half, HALF, ROW
     )
-    mbarrier.wait(queries_in.index(half), 0)
-    mbarrier.wait(step_in.index(0), 0)
+    mbarrier.wait(queries_in.index(half), 0, pred=tile >= 0)
+    mbarrier.wait(step_in.index(0), 0, pred=tile >= 0)
     score = warpgroup_mma(
         query_buffer.index(half).reshape([HALF, SIZE]),
         key_buffer.index(0).reshape([KEYS, SIZE]).permute((1, 0)),
         no_score, use_acc=False, is_async=True,
     )  # fmt: skip
     score = warpgroup_mma_wait(0, deps=[score])
-    while index < total_tiles:
+    while tile >= 0:
         slot = turn & 1
-        batch = row // heads
+        factors = factor_buffer.index(step % STAGES)
+        if KEYED:
+            factors = factors.load(SCORE)
+        # The step that ended the tile before has read its keys and values.
+        mbarrier.arrive(step_out.index(step % STAGES), count=1)
+        step += 1
         factor = scale
         if gain is not None:
-            factor = factor * gl.load(gain + row % heads)
+            factor = factor * gl.load(gain + head)
         inverse = 1.0
-        if FOLDED:
+        if POWER == 0:
+            inverse = epsilon
+        elif FOLDED:
             inverse = 1.0 / (factor * factor)
             if POWER == 2:
                 inverse = inverse * inverse
+        # The logarithm of what all weights of the head lack; a sink is compared with it.
+        base = common_level
+        if levels is not None:
+            base = base + gl.load(levels + key_row)
         row_keys = keys
         if keys is not None:
             row_keys = keys + batch.to(gl.int64) * keys_batch
 
         begin = (first + count - 1) * KEYS
-        score = hide(score, start, end, begin, row_keys, KEYS, SCORE)
         # Rows that may see few keys are summed from rounded weights, so that the output of a single key
         # is its value exactly. The log normaliser is that of the exact sum.
-        weight = weights_of(score, factor, inverse, POWER, FOLDED)
-        exact = lane_sums(weight, HALF, KEYS)
-        weight = as_multiplied(weight, DTYPE, LIFT)
+        few = inner_end - inner_start < KEYS
+        if keys is not None:
+            few = begin >= 0
+        if POWER > 0:  # the weight of score 0 is 0
+            score = hide(score, start, end, begin, row_keys, KEYS, SCORE)
+        weight = weights_of(score, factor, inverse, factors, POWER, FOLDED, KEYED)
+        if POWER == 0:
+            weight = hide(weight, start, end, begin, row_keys, KEYS, SCORE)
         total = lane_sums(weight, HALF, KEYS)
-        rounding = total - exact
-        # The output of the tile before has long been read.
+        rounding = total * 0.0
+        if few:
+            weight = as_multiplied(weight, DTYPE, LIFT)
+            rounding = lane_sums(weight, HALF, KEYS) - total
+            total += rounding
+        # The output of the tile before has long been read, now that the weights are computed. They are,
+        # because a wait, even one that is over, is a branch (see below).
+        mbarrier.wait(queries_in.index(2 * slot + half), (turn >> 1) & 1)
         tma.store_wait(0)
         mbarrier.arrive(queries_out.index(2 * (slot ^ 1) + half), count=1, pred=turn > 0)
-        mbarrier.arrive(step_out.index(step % STAGES), count=1)
-        step += 1
         operand = gl.convert_layout((weight * LIFT).to(DTYPE), WEIGHT)
         queries = query_buffer.index(2 * slot + half).reshape([HALF, SIZE])
         out = gl.zeros([HALF, VALUE_SIZE], gl.float32, OUT)
@@ -296,14 +394,21 @@ def consumer(
             partial = (begin < inner_start) | (begin + KEYS > inner_end)
             if keys is not None:
                 partial = begin >= 0
+            factors = factor_buffer.index(stage)
+            if KEYED:
+                factors = factors.load(SCORE)
             if partial:
-                score = hide(score, start, end, begin, row_keys, KEYS, SCORE)
-                weight = weights_of(score, factor, inverse, POWER, FOLDED)
-                exact = lane_sums(weight, HALF, KEYS)
-                weight = as_multiplied(weight, DTYPE, LIFT)
-                rounding += lane_sums(weight, HALF, KEYS) - exact
+                if POWER > 0:
+                    score = hide(score, start, end, begin, row_keys, KEYS, SCORE)
+                weight = weights_of(score, factor, inverse, factors, POWER, FOLDED, KEYED)
+                if POWER == 0:
+                    weight = hide(weight, start, end, begin, row_keys, KEYS, SCORE)
+                if few:
+                    exact = lane_sums(weight, HALF, KEYS)
+                    weight = as_multiplied(weight, DTYPE, LIFT)
+                    rounding += lane_sums(weight, HALF, KEYS) - exact
             else:
-                weight = weights_of(score, factor, inverse, POWER, FOLDED)
+                weight = weights_of(score, factor, inverse, factors, POWER, FOLDED, KEYED)
             total += lane_sums(weight, HALF, KEYS)
             # A wait is a branch, across which the assembler does not move code: without one here the
             # weights would be computed after the products that they should overlap.
@@ -314,12 +419,12 @@ def consumer(
             step += 1
 
         # The last values of this tile and the first keys of the next one.
-        mbarrier.wait(index_in.index(slot), (turn >> 1) & 1)
-        index = gl.max(index_buffer.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-        mbarrier.arrive(index_out.index(slot), count=1)
         turn += 1
+        next_tile, next_batch, next_head, key_row, first, count = published(
+            index_buffer, barriers, turn
+        )
         other = 2 * (turn & 1) + half
-        mbarrier.wait(queries_in.index(other), (turn >> 1) & 1, pred=index < total_tiles)
+        mbarrier.wait(queries_in.index(other), (turn >> 1) & 1, pred=next_tile >= 0)
         stage = step % STAGES
         out = warpgroup_mma(
             operand, value_buffer.index(stage).reshape([KEYS, VALUE_SIZE]), out, is_async=True
@@ -330,53 +435,54 @@ def consumer(
             no_score, use_acc=False, is_async=True,
         )  # fmt: skip
         # What the next tile sees is fetched while this one is finished.
-        next_tile, next_row = place(gl.minimum(index, total_tiles - 1), shape)
-        first, count, inner_start, inner_end, start, end = visibility(
-            next_tile, next_row, shape, table, bounds, half, HALF, KEYS, ROW
+        inner_start, inner_end, start, end = visibility(
+            next_tile, next_batch, shape, table, bounds, half, HALF, ROW
         )
         out = warpgroup_mma_wait(1, deps=[out])
         rounding = gl.convert_layout(gl.sum(rounding, 1), ROW)
         total = gl.convert_layout(gl.sum(total, 1), ROW)
         query = tile * (2 * HALF) + half * HALF + gl.arange(0, HALF, ROW)
-        # Weights are at most 1, so exp(0) is the level that a sink is compared with.
-        level = total * 0.0
+        level = total * 0.0 + base
+        normalise = 1.0 / LIFT
         if sinks is not None:
             sink = gl.load(
-                sinks + batch.to(gl.int64) * sinks_batch + (row % heads).to(gl.int64) * sinks_head
+                sinks + batch.to(gl.int64) * sinks_batch + head.to(gl.int64) * sinks_head
                 + query.to(gl.int64) * sinks_query,
                 mask=query < num_queries, other=float("-inf"),
             ).to(gl.float32)  # fmt: skip
-            level = gl.maximum(sink, 0.0)
-            shrink = gl.exp2(-level * _LOG2_E)
+            level = gl.maximum(sink, level)
+            shrink = gl.exp2((base - level) * _LOG2_E)
             total = total * shrink + gl.exp2((sink - level) * _LOG2_E)
             rounding = rounding * shrink
+            normalise = shrink * normalise
         exact_total = total - rounding
         seen = exact_total >= _TINY
         exact_total = gl.where(seen, exact_total, 1.0)
         heavy = total >= _TINY
         total = gl.where(heavy, total, 1.0)
-        normalise = gl.where(heavy, gl.exp2(-level * _LOG2_E) / total, 0.0) * (1.0 / LIFT)
+        normalise = gl.where(heavy, normalise / total, 0.0)
         out = out * gl.convert_layout(normalise, gl.SliceLayout(1, OUT))[:, None]
+        staging = out_buffer.index(half if SIZE != VALUE_SIZE else 2 * slot + half)
+        staging.reshape([HALF, VALUE_SIZE]).store(out.to(DTYPE))
+        fence_async_shared()
+        _store(out_tiles, [batch, head, tile * (2 * HALF) + half * HALF, 0], staging)
+        # After the fence, which would wait for it.
         gl.store(
-            log_normalizer + row.to(gl.int64) * num_queries + query,
+            log_normalizer + (batch * heads + head).to(gl.int64) * num_queries + query,
             gl.where(seen, gl.log2(exact_total) * _LN_2 + level, float("-inf")),
             mask=query < num_queries,
         )
-        staging = query_buffer.index(2 * slot + half)
-        staging.reshape([HALF, VALUE_SIZE]).store(out.to(DTYPE))
-        fence_async_shared()
-        _store(out_tiles, [batch, row % heads, tile * (2 * HALF) + half * HALF, 0], staging)
-        tile, row = next_tile, next_row
+        tile, batch, head = next_tile, next_batch, next_head
         score = warpgroup_mma_wait(0, deps=[score])
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["tiles", "rows", "band", "heads", "group", "patterns", "num_queries"])
 def forward_kernel(
-    query_tiles, key_tiles, value_tiles, out_tiles, log_normalizer,
+    query_tiles, key_tiles, value_tiles, factor_tiles, out_tiles, log_normalizer,
     table, bounds, counter,
-    gain, sinks, keys,
-    scale, sinks_batch, sinks_head, sinks_query, keys_batch,
+    gain, sinks, keys, levels,
+    scale, common_level, epsilon, sinks_batch, sinks_head, sinks_query, keys_batch,
     tiles, rows, band, heads, group, patterns, num_queries,
     HALF: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, POWER: gl.constexpr,
     FOLDED: gl.constexpr, LIFT: gl.constexpr,
@@ -392,8 +498,18 @@ def forward_kernel(
     value_buffer = gl.allocate_shared_memory(
         DTYPE, [STAGES, 1, 1, KEYS, value_tiles.block_shape[3]], value_tiles.layout
     )
+    factor_buffer = key_buffer
+    if factor_tiles is not None:
+        factor_buffer = gl.allocate_shared_memory(
+            gl.float32, [STAGES, 1, KEYS], factor_tiles.layout
+        )
+    out_buffer = query_buffer
+    if query_tiles.block_shape[3] != out_tiles.block_shape[3]:
+        out_buffer = gl.allocate_shared_memory(
+            DTYPE, [2, 1, 1, HALF, out_tiles.block_shape[3]], out_tiles.layout
+        )
     index_buffer = gl.allocate_shared_memory(
-        gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        gl.int32, [16, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     queries_in = gl.allocate_shared_memory(gl.int64, [4, 1], BAR)
     queries_out = gl.allocate_shared_memory(gl.int64, [4, 1], BAR)
@@ -411,10 +527,13 @@ def forward_kernel(
         mbarrier.init(index_in.index(i), count=1)
         mbarrier.init(index_out.index(i), count=2)
     fence_async_shared()
-    descriptors = (query_tiles, key_tiles, value_tiles)
-    buffers = (query_buffer, key_buffer, value_buffer, index_buffer)
+    descriptors = (query_tiles, key_tiles, value_tiles, factor_tiles)
+    buffers = (query_buffer, key_buffer, value_buffer, factor_buffer, index_buffer, out_buffer)
     barriers = (queries_in, queries_out, step_in, step_out, index_in, index_out)
-    terms = (scale, gain, sinks, sinks_batch, sinks_head, sinks_query, keys, keys_batch)
+    terms = (
+        scale, gain, sinks, sinks_batch, sinks_head, sinks_query, keys, keys_batch,
+        levels, common_level, epsilon,
+    )  # fmt: skip
     shape = (tiles, rows, band, heads, group, patterns, num_queries)
     tables = (table, bounds)
     gl.warp_specialize(

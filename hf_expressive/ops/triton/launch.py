@@ -286,7 +286,7 @@ class Call:
         self.rule = _rule_of(problem, steady=steady)
         self.steady = self.key_factor = self.level = None
         if self.rule.keyed and problem.key_bias is not None:
-            key_bias = problem.key_bias.float()
+            key_bias = problem.key_bias.float().contiguous()
             low, high = key_bias.aminmax(dim=-1, keepdim=True)
             self.steady = high - low < STEADY
             self.key_factor = torch.exp(key_bias - high)

@@ -11,6 +11,7 @@ from .launch import Call
 from .tiles import (
     LN_2,
     TINY,
+    Rule,
     common_level,
     exp,
     finite,
@@ -209,22 +210,27 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """
     call = Call(problem)
     out, log_normalizer = call.outputs()
-    shape = call.tile_shape("forward")
     for rule in call.rules():
-        forward_kernel[call.query_grid(shape)](
-            call.tiles(problem.query, shape.block_m),
-            call.tiles(problem.key, shape.block_n),
-            call.tiles(problem.value, shape.block_n),
-            call.steady,
-            out,
-            log_normalizer,
-            rule,
-            call.terms,
-            call.sizes,
-            call.bundle(problem.key, problem.value),
-            problem.scale,
-            VALUE_SIZE=call.value_size,
-            **call.blocks,
-            **shape.options,
-        )
+        compute(call, rule, out, log_normalizer)
     return out, log_normalizer
+
+
+def compute(call: Call, rule: Rule, out: Tensor, log_normalizer: Tensor) -> None:
+    """Launches the kernel with one of the call's rules: all heads, or those that it is for."""
+    problem, shape = call.problem, call.tile_shape("forward")
+    forward_kernel[call.query_grid(shape)](
+        call.tiles(problem.query, shape.block_m),
+        call.tiles(problem.key, shape.block_n),
+        call.tiles(problem.value, shape.block_n),
+        call.steady,
+        out,
+        log_normalizer,
+        rule,
+        call.terms,
+        call.sizes,
+        call.bundle(problem.key, problem.value),
+        problem.scale,
+        VALUE_SIZE=call.value_size,
+        **call.blocks,
+        **shape.options,
+    )
