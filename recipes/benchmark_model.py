@@ -133,7 +133,7 @@ def visible_share(length: int, turns: int) -> list[dict[str, Any]]:
 
     def times(**mask: Any) -> tuple[float, float]:
         def forward() -> torch.Tensor:
-            return expressive_attention(*leaves, impl="triton", **mask)
+            return expressive_attention(*leaves, **mask)
 
         def repeat(call: Callable[[], Any]) -> Callable[[], None]:
             def calls() -> None:

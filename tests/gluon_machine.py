@@ -293,6 +293,7 @@ class _Namespace:
 
         gl = SimpleNamespace(
             constexpr=constexpr, int32=torch.int32, int64=torch.int64, float32=torch.float32,
+            bfloat16=torch.bfloat16,
             SwizzledSharedLayout=layout, NVMMASharedLayout=layout, NVMMADistributedLayout=layout,
             SliceLayout=layout, DotOperandLayout=layout, BlockedLayout=layout,
             arange=lambda low, high, _: torch.arange(low, high),

@@ -299,9 +299,7 @@ def test_auto_takes_them_for_large_problems() -> None:
     many = dataclasses.replace(few, query=query, ranges=None)
     assert hopper.is_large(many)
     assert choose(few, "auto") == ("triton" if GPU else "blockwise")
-    assert choose(many, "auto") == (
-        "hopper" if HOPPER else "triton" if GPU else "blockwise"
-    )
+    assert choose(many, "auto") == ("hopper" if HOPPER else "triton" if GPU else "blockwise")
     capped = dataclasses.replace(many, softcap=30.0)
     assert choose(capped, "auto") == ("triton" if GPU else "blockwise")
 

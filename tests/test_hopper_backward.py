@@ -20,7 +20,7 @@ from hf_expressive.ops import hopper, reference, triton
 from hf_expressive.ops.hopper import gradient
 from hf_expressive.ops.problem import AttentionProblem
 
-BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
+BFLOAT16 = torch.bfloat16
 
 
 def gradients_of(problem: AttentionProblem) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -48,33 +48,32 @@ def check(problem: AttentionProblem) -> None:
 @needs_interpreter
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
-    ("name", "size", "dtype", "seed"),
+    ("name", "size", "seed"),
     [
-        ("causal", 128, BFLOAT16, 1),
-        ("causal", 64, FLOAT16, 2),
-        ("fewer queries than keys", 128, BFLOAT16, 3),
-        ("more queries than keys: empty rows", 64, BFLOAT16, 4),
-        ("window", 64, BFLOAT16, 5),
-        ("power 2, gain", 128, FLOAT16, 6),
-        ("gain", 64, BFLOAT16, 7),
-        ("sinks", 64, BFLOAT16, 8),
-        ("packed, bidirectional, one pattern for both", 64, BFLOAT16, 9),
-        ("rows that see nothing", 128, BFLOAT16, 10),
-        ("hidden keys", 64, BFLOAT16, 11),
+        ("causal", 128, 1),
+        ("causal", 64, 2),
+        ("fewer queries than keys", 128, 3),
+        ("more queries than keys: empty rows", 64, 4),
+        ("window", 64, 5),
+        ("power 2, gain", 128, 6),
+        ("gain", 64, 7),
+        ("sinks", 64, 8),
+        ("packed, bidirectional, one pattern for both", 64, 9),
+        ("rows that see nothing", 128, 10),
+        ("hidden keys", 64, 11),
     ],
 )
 @pytest.mark.parametrize("band", [1, 2**30], ids=["bands", "one band"])
 def test_matches_the_reference_in_any_order_of_events(
     name: str,
     size: int,
-    dtype: torch.dtype,
     seed: int,
     band: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(gradient, "backward_kernel", launcher("backward_kernel", seed))
     monkeypatch.setattr(gradient, "_BAND_BYTES", band)
-    check(problem_of(name, size, dtype))
+    check(problem_of(name, size))
 
 
 @needs_interpreter
@@ -151,7 +150,7 @@ def tiles(name, dtype, *block):
     layout = swizzled if len(block) > 2 else gl.NVMMASharedLayout(0, 32, 2)
     return f"tensordesc<{{name}}{{list(block)}},{{layout!r}}>".replace(", ", ",", len(block) - 1)
 
-constants = dict(STAGES=3, POWER={power}, FOLDED={scaled}, SCALED={scaled}, SINGLE=True, {absent})
+constants = dict(STAGES=3, POWER={power}, FOLDED={folded}, SINGLE=True, {absent})
 types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
 queries = 64 * (128 // {size})
 types |= dict.fromkeys(["query_tiles", "grad_tiles"], tiles("bf16", gl.bfloat16, 1, 1, queries, {size}))
@@ -160,7 +159,7 @@ types |= dict.fromkeys(
     tiles("bf16", gl.bfloat16, 1, 1, 128, {size}),
 )
 types |= dict(sum_tiles=tiles("fp32", gl.float32, 1, 128, 64))
-types |= dict.fromkeys(["delta_tiles", "level_tiles"], tiles("fp32", gl.float32, 1, queries))
+types |= dict(delta_tiles=tiles("fp32", gl.float32, 1, queries))
 types |= dict(spans="*i32", table="*i32", counter="*i32", turns="*i32")
 types |= dict(scale="fp32", inverse="fp32", final="fp32")
 types |= {{name: kind for name, kind in dict(gain="*fp32", starts="*i32", ends="*i32", shown="*u8",
@@ -176,14 +175,14 @@ assert compiled.metadata.shared <= 227 * 1024
 
 
 @pytest.mark.parametrize(
-    ("size", "power", "scaled", "absent"),
+    ("size", "power", "folded", "absent"),
     [
         (128, 1, True, "gain=None, starts=None, ends=None, shown=None, key_runs=None"),
         (64, 2, False, ""),
     ],
 )
-def test_kernel_compiles_without_a_gpu(size: int, power: int, scaled: bool, absent: str) -> None:
-    script = _COMPILE.format(size=size, power=power, scaled=scaled, absent=absent)
+def test_kernel_compiles_without_a_gpu(size: int, power: int, folded: bool, absent: str) -> None:
+    script = _COMPILE.format(size=size, power=power, folded=folded, absent=absent)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True
@@ -201,10 +200,10 @@ def test_matches_the_reference(name: str, size: int) -> None:
 
 @needs_hopper
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("magnitude", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("magnitude", [1e-3, 30.0])
 @pytest.mark.parametrize("name", ["causal", "gain", "small scale"])
-def test_matches_the_reference_in_float16(name: str, magnitude: float) -> None:
-    check(problem_of(name, 64, FLOAT16, magnitude))
+def test_scores_of_any_size(name: str, magnitude: float) -> None:
+    check(problem_of(name, 64, magnitude=magnitude))
 
 
 @needs_hopper

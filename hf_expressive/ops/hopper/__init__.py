@@ -6,8 +6,8 @@ sequences, grouped heads, learned gain and sinks, for head sizes 64 and 128. Wri
 (`tiled_forward`, `tiled_backward`). Deterministic: which program computes a tile varies, what it
 computes does not.
 
-The backward kernel serves who asks for `impl="hopper"`. Two thirds of its tests have run on a GPU, all
-of these passed; until the others have, `auto` takes the portable gradients (`forward_only`).
+Gradients of Hill responses in bfloat16 come from a backward kernel of five products; others, and those
+of short calls, from the portable kernels (`has_own_backward`).
 """
 
 from __future__ import annotations
@@ -136,16 +136,14 @@ def backward(
 
 
 def has_own_backward(problem: AttentionProblem) -> bool:
-    """Whether `gradient` is faster than the portable kernels, as far as that was measured.
+    """Whether `gradient` covers a call and every multiprocessor gets a tile of keys.
 
-    Causal, one query head a key/value head, 2048 and 4096 tiles of keys, head size 128: 1.18 times as
-    fast; 64: 1.06. With four query heads a key/value head 0.98. Other masks were not measured.
+    In float16 gradients of tiny scores would overflow before they are multiplied by the keys.
     """
-    from ..triton.launch import ceil_div
+    from ..triton.launch import ceil_div, num_processors
     from .gradient import KEYS
 
-    if problem.response.kind != "hill":
+    if problem.response.kind != "hill" or problem.query.dtype != torch.bfloat16:
         return False
     batch, key_heads, num_keys, _ = problem.key.shape
-    plain = problem.is_causal and problem.ranges is None and problem.sliding_window is None
-    return plain and problem.group == 1 and batch * key_heads * ceil_div(num_keys, KEYS) >= 2048
+    return batch * key_heads * ceil_div(num_keys, KEYS) >= num_processors(problem)

@@ -1,7 +1,7 @@
 """From an `AttentionProblem` and the gradient of its output to a launch of the backward kernel.
 
 Three small kernels stand around it: one works out which queries see each tile of keys, one prepares
-δ and, in bfloat16, rows of dout divided by the normaliser, one turns the float32 sum for dq into the
+δ and rows of dout divided by the normaliser, one turns the float32 sum for dq into the
 gradient in the dtype of the query.
 """
 
@@ -75,14 +75,11 @@ def span_kernel(
 
 @triton.jit(do_not_specialize=["heads", "num_queries"])
 def prepare_kernel(
-    out, grad_out, log_normalizer, delta, level, scaled, turns,
+    out, grad_out, log_normalizer, delta, scaled, turns,
     heads, num_queries, grad_batch, grad_head, grad_query, grad_size, limit,
     SIZE: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """δ and e = exp(−log_normalizer) of a tile of queries; with `scaled` dout and δ times e instead.
-
-    Sets the counter of the tile to 0.
-    """
+    """dout and δ divided by the normaliser, for a tile of queries; sets its counter to 0."""
     row = tl.program_id(0)
     batch = row // heads
     head = row % heads
@@ -101,14 +98,9 @@ def prepare_kernel(
     inverse = tl.exp2(tl.minimum(-total, limit) * 1.4426950408889634)
     inverse = tl.where(total == float("-inf"), 0.0, inverse)
     padded = row.to(tl.int64) * (tl.num_programs(1) * QUERIES) + query
-    if scaled is not None:
-        product = product * inverse
-        tl.store(
-            scaled + place, (gradient * inverse[:, None]).to(scaled.dtype.element_ty), mask=inside
-        )
-    else:
-        tl.store(level + padded, inverse)
-    tl.store(delta + padded, product)
+    gradient = gradient * inverse[:, None]
+    tl.store(scaled + place, gradient.to(scaled.dtype.element_ty), mask=inside)
+    tl.store(delta + padded, product * inverse)
     tl.store(turns + row * tl.num_programs(1) + tl.program_id(1), 0)
 
 
@@ -150,10 +142,9 @@ def gradients(
     # 64 queries a step, or twice as many where they are half as wide.
     rows = 64 * (128 // size)
     parts = ROWS // rows
-    scaled = query.dtype == torch.bfloat16
     power = int(problem.response.power)
-    # As in the forward kernel; gradients without the scale would sink below the range of float16.
-    folded = scaled and is_foldable(problem)
+    # As in the forward kernel.
+    folded = is_foldable(problem)
     inverse, final = 1.0, 2.0 * power
     if folded:
         inverse = problem.scale ** (-2 * power)
@@ -168,12 +159,10 @@ def gradients(
     new = query.new_empty
     width = tables.count * ROWS
     delta = new(batch * heads, width, dtype=torch.float32)
-    level = delta if scaled else torch.empty_like(delta)
-    rows_of_grad = torch.empty_like(out) if scaled else grad_out
+    scaled = torch.empty_like(out)
     turns = new(batch * heads, tables.count * parts, dtype=torch.int32)
     prepare_kernel[(batch * heads, tables.count * parts)](
-        out, grad_out, log_normalizer.contiguous(), delta, level,
-        rows_of_grad if scaled else None, turns,
+        out, grad_out, log_normalizer.contiguous(), delta, scaled, turns,
         heads, num_queries, *grad_out.stride(), _LARGEST_LOGARITHM,
         SIZE=size, QUERIES=rows,
     )  # fmt: skip
@@ -185,14 +174,12 @@ def gradients(
     band = max(1, _BAND_BYTES // (problem.group * num_queries * row_bytes))
     starts, ends = (tables.rows[0], tables.rows[1]) if ranges is not None else (None, None)
     left, right = reach(problem)
-    delta_pieces = _pieces(delta, 1, rows)
     backward_kernel[(min(num_processors(problem), key_tiles * batch * key_heads),)](
         tiles(query, rows),
         tiles(key, KEYS),
         tiles(value, KEYS),
-        tiles(rows_of_grad, rows),
-        delta_pieces,
-        delta_pieces if scaled else _pieces(level, 1, rows),
+        tiles(scaled, rows),
+        _pieces(delta, 1, rows),
         _pieces(sums, 1, 128, 64),
         tiles(grad_key, KEYS),
         tiles(grad_value, KEYS),
@@ -225,7 +212,6 @@ def gradients(
         STAGES=3,
         POWER=power,
         FOLDED=folded,
-        SCALED=scaled,
         SINGLE=problem.sinks is None,
         num_warps=8,
     )

@@ -111,14 +111,9 @@ def rounded(x):
 
 @gluon.jit
 def weight_and_slope(
-    score, factor, inverse, level, DTYPE: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr,
-    SCALED: gl.constexpr,
+    score, factor, inverse, GAIN: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr
 ):
-    """g in the dtype of the products and g' without its constant, of z = factor · score.
-
-    See `tiled_forward`. Rounded at once, because all of this takes many registers. level: what both
-    are multiplied by unless `SCALED`.
-    """
+    """g and g' without its constant, of z = factor · score, in bfloat16; see `tiled_forward`."""
     if not FOLDED:
         score = score * factor
     root = score
@@ -131,10 +126,9 @@ def weight_and_slope(
     if POWER == 2:
         slope = slope * score
     slope = slope * rest
-    if not SCALED:
-        weight = weight * level[None, :]
-        slope = slope * level[None, :]
-    return weight.to(DTYPE), slope
+    if GAIN:
+        slope = slope * factor
+    return weight.to(gl.bfloat16), rounded(slope)
 
 
 @gluon.jit
@@ -194,7 +188,7 @@ def next_item(buffers, barriers, turn, WARPS: gl.constexpr):
     """What the producer has published for this turn."""
     slot = turn & 1
     mbarrier.wait(barriers[8].index(slot), (turn >> 1) & 1)
-    index = gl.max(buffers[6].index(slot).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+    index = gl.max(buffers[5].index(slot).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
     mbarrier.arrive(barriers[9].index(slot), count=1)
     return index
 
@@ -202,15 +196,15 @@ def next_item(buffers, barriers, turn, WARPS: gl.constexpr):
 @gluon.jit
 def producer(
     descriptors, buffers, barriers, spans, table, counter, shape,
-    STAGES: gl.constexpr, SCALED: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    query_tiles, key_tiles, value_tiles, grad_tiles, delta_tiles, level_tiles = (
-        descriptors[0], descriptors[1], descriptors[2], descriptors[3], descriptors[4], descriptors[5],
+    query_tiles, key_tiles, value_tiles, grad_tiles, delta_tiles = (
+        descriptors[0], descriptors[1], descriptors[2], descriptors[3], descriptors[4],
     )  # fmt: skip
-    query_buffer, key_buffer, value_buffer, grad_buffer, delta_buffer, level_buffer = (
-        buffers[0], buffers[1], buffers[2], buffers[3], buffers[4], buffers[5],
+    query_buffer, key_buffer, value_buffer, grad_buffer, delta_buffer = (
+        buffers[0], buffers[1], buffers[2], buffers[3], buffers[4],
     )  # fmt: skip
-    index_buffer, code_buffer = buffers[6], buffers[7]
+    index_buffer, code_buffer = buffers[5], buffers[6]
     keys_in, keys_out, queries_in, queries_out, grads_in, grads_out = (
         barriers[0], barriers[1], barriers[2], barriers[3], barriers[4], barriers[5],
     )  # fmt: skip
@@ -221,7 +215,7 @@ def producer(
     QUERIES: gl.constexpr = query_tiles.block_shape[2]
     PER: gl.constexpr = _ROWS // QUERIES
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    TERMS: gl.constexpr = delta_tiles.block_type.nbytes * (1 if SCALED else 2)
+    GRAD_BYTES: gl.constexpr = grad_tiles.block_type.nbytes + delta_tiles.block_type.nbytes
     step = 0
     turn = 0
     index = gl.atomic_add(counter, 1)
@@ -269,11 +263,9 @@ def producer(
                         ready = grads_in.index(stage)
                         flat_head = batch * key_heads * group + head
                         mbarrier.wait(grads_out.index(stage), ((step >> 1) & 1) ^ 1)
-                        mbarrier.expect(ready, grad_tiles.block_type.nbytes + TERMS)
+                        mbarrier.expect(ready, GRAD_BYTES)
                         _load(grad_tiles, [batch, head, query, 0], ready, grad_buffer.index(stage))
                         _load(delta_tiles, [flat_head, query], ready, delta_buffer.index(stage))
-                        if not SCALED:
-                            _load(level_tiles, [flat_head, query], ready, level_buffer.index(stage))
                         partial = (key_start < inner_start) | (key_start + _KEYS > inner_end)
                         partial = partial | (hole != 0)
                         code = 2 * i + partial.to(gl.int32)
@@ -287,10 +279,8 @@ def producer(
 
 
 @gluon.jit
-def writer(
-    sum_tiles, buffers, barriers, spans, table, turns, shape, QUERIES: gl.constexpr
-):
-    sum_buffer = buffers[9]
+def writer(sum_tiles, buffers, barriers, spans, table, turns, shape, QUERIES: gl.constexpr):
+    sum_buffer = buffers[8]
     sum_in, sum_out = barriers[6], barriers[7]
     total, key_heads, group, patterns, query_tiles_count = (
         shape[0] * shape[1], shape[3], shape[4], shape[5], shape[6],
@@ -353,20 +343,18 @@ def writer(
 
 
 @gluon.jit
-def terms_of(buffers, step, SCALED: gl.constexpr):
-    """(twice the tile of queries and one more if keys are hidden from some, δ, 1 / normaliser)."""
-    delta_buffer, level_buffer, code_buffer = buffers[4], buffers[5], buffers[7]
-    QUERIES: gl.constexpr = buffers[0].shape[3]
+def code_of(buffers, step):
+    """Twice the tile of queries, and one more if keys are hidden from some of them."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
-    ROW: gl.constexpr = gl.SliceLayout(
-        0, gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
-    )
-    code = gl.max(code_buffer.index(step & 1).load(ONE), 0)
-    delta = delta_buffer.index(step & 1).reshape([QUERIES]).load(ROW)
-    level = delta
-    if not SCALED:
-        level = level_buffer.index(step & 1).reshape([QUERIES]).load(ROW)
-    return code, delta, level
+    return gl.max(buffers[6].index(step & 1).load(ONE), 0)
+
+
+@gluon.jit
+def delta_of(buffers, step):
+    """δ of the queries of a step."""
+    QUERIES: gl.constexpr = buffers[0].shape[3]
+    SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
+    return buffers[4].index(step & 1).reshape([QUERIES]).load(gl.SliceLayout(0, SCORE))
 
 
 @gluon.jit
@@ -399,8 +387,7 @@ def bracket_of(delta, buffers, step):
 
 @gluon.jit
 def weigh(
-    score, code, level, member, item, terms, tensors, limits, DTYPE: gl.constexpr,
-    POWER: gl.constexpr, FOLDED: gl.constexpr, SCALED: gl.constexpr,
+    score, code, member, item, terms, tensors, limits, POWER: gl.constexpr, FOLDED: gl.constexpr
 ):  # fmt: skip
     """Weights, as an operand, and slopes of a step."""
     QUERIES: gl.constexpr = score.shape[1]
@@ -412,12 +399,7 @@ def weigh(
     if code & 1:
         query = (code >> 1) * QUERIES + gl.arange(0, QUERIES, gl.SliceLayout(0, SCORE))
         score = hide(score, query, item, tensors, limits, SCORE)
-    weight, slope = weight_and_slope(score, factor, terms[1], level, DTYPE, POWER, FOLDED, SCALED)
-    if gain is not None:
-        slope = slope * factor
-    if SCALED:
-        slope = rounded(slope)
-    return weight, slope
+    return weight_and_slope(score, factor, terms[1], gain is not None, POWER, FOLDED)
 
 
 @gluon.jit
@@ -434,11 +416,9 @@ def add_to_values(value_sum, weight, buffers, step):
 
 
 @gluon.jit
-def store_slope(
-    bracket, slope, code, buffers, step, item, tensors, limits, SINGLE: gl.constexpr
-):
-    """dSᵀ to shared memory; before the barrier of the next arrival, so that both warp groups may read it."""
-    slope_buffer = buffers[8]
+def store_slope(bracket, slope, code, buffers, step, item, tensors, limits, SINGLE: gl.constexpr):
+    """dSᵀ to shared memory, fenced: after the next barrier both warp groups may multiply by it."""
+    slope_buffer = buffers[7]
     QUERIES: gl.constexpr = bracket.shape[1]
     if SINGLE:  # noqa: SIM102 - decided at compile time
         if code & 1:
@@ -447,14 +427,14 @@ def store_slope(
             query = (code >> 1) * QUERIES + gl.arange(0, QUERIES, gl.SliceLayout(0, SCORE))
             start, end = bounds_of(query, item, tensors, limits)
             bracket = gl.where((end - start > 1)[None, :], bracket, 0.0)
-    slope_buffer.index(step & 1).store((slope.to(gl.float32) * bracket).to(slope_buffer.dtype))
+    slope_buffer.index(step & 1).store((slope.to(gl.float32) * bracket).to(gl.bfloat16))
     fence_async_shared()
 
 
 @gluon.jit
 def part_of_queries(buffers, step):
     """Starts dS·K; each warp group computes 64 × 64 of it."""
-    key_buffer, slope_buffer = buffers[1], buffers[8]
+    key_buffer, slope_buffer = buffers[1], buffers[7]
     QUERIES: gl.constexpr = buffers[0].shape[3]
     SIZE: gl.constexpr = buffers[0].shape[4]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -470,7 +450,7 @@ def part_of_queries(buffers, step):
 @gluon.jit
 def add_to_keys(key_sum, buffers, step, STAGES: gl.constexpr):
     """Starts key_sum + dSᵀ·Q."""
-    query_buffer, slope_buffer = buffers[0], buffers[8]
+    query_buffer, slope_buffer = buffers[0], buffers[7]
     QUERIES: gl.constexpr = query_buffer.shape[3]
     SIZE: gl.constexpr = query_buffer.shape[4]
     queries = query_buffer.index(step % STAGES).reshape([QUERIES, SIZE])
@@ -487,16 +467,15 @@ def store_part(query_part, buffers):
     QUERIES: gl.constexpr = buffers[0].shape[3]
     split = query_part.reshape([QUERIES // 64, 4, 2, 4, 2, 128 // QUERIES, 2, 4, 4, 2])
     shuffled = split.permute((0, 5, 7, 1, 3, 6, 4, 8, 2, 9)).reshape([1, 128, 64])
-    buffers[9].store(shuffled)
+    buffers[8].store(shuffled)
 
 
 @gluon.jit
 def consumer(
     out_tiles, buffers, barriers, spans, terms, tensors, limits, shape,
-    STAGES: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr, SCALED: gl.constexpr,
-    SINGLE: gl.constexpr,
+    STAGES: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr, SINGLE: gl.constexpr,
 ):  # fmt: skip
-    key_buffer, value_buffer, slope_buffer = buffers[1], buffers[2], buffers[8]
+    key_buffer, value_buffer = buffers[1], buffers[2]
     keys_in, keys_out, queries_in, queries_out, grads_in, grads_out, sum_in, sum_out = (
         barriers[0], barriers[1], barriers[2], barriers[3], barriers[4], barriers[5], barriers[6],
         barriers[7],
@@ -509,7 +488,6 @@ def consumer(
     final, shown_batch, shown_patterns = terms[2], terms[3], terms[4]
     QUERIES: gl.constexpr = buffers[0].shape[3]
     SIZE: gl.constexpr = buffers[0].shape[4]
-    DTYPE: gl.constexpr = key_buffer.dtype
     PER: gl.constexpr = _ROWS // QUERIES
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, SIZE, 16])
     step = 0
@@ -536,12 +514,10 @@ def consumer(
         mbarrier.wait(queries_in.index(step % STAGES), (step // STAGES) & 1)
         score = warpgroup_mma_wait(0, deps=[scores_of(buffers, step, STAGES)])
         mbarrier.wait(grads_in.index(step & 1), (step >> 1) & 1)
-        code, delta, level = terms_of(buffers, step, SCALED)
-        weight, slope = weigh(
-            score, code, level, 0, item, terms, tensors, limits, DTYPE, POWER, FOLDED, SCALED
-        )
+        code = code_of(buffers, step)
+        weight, slope = weigh(score, code, 0, item, terms, tensors, limits, POWER, FOLDED)
         value_sum = add_to_values(nothing_yet, weight, buffers, step)
-        bracket = bracket_of(delta, buffers, step)
+        bracket = bracket_of(delta_of(buffers, step), buffers, step)
         bracket, value_sum = warpgroup_mma_wait(0, deps=[bracket, value_sum])
         store_slope(bracket, slope, code, buffers, step, item, tensors, limits, SINGLE)
         mbarrier.arrive(grads_out.index(step & 1), count=1)
@@ -551,15 +527,15 @@ def consumer(
             mbarrier.wait(queries_in.index(step % STAGES), (step // STAGES) & 1)
             score = scores_of(buffers, step, STAGES)
             mbarrier.wait(grads_in.index(step & 1), (step >> 1) & 1)
-            code, _, level = terms_of(buffers, step, SCALED)
+            code = code_of(buffers, step)
             query_part = part_of_queries(buffers, before)
             key_part = add_to_keys(key_sum, buffers, before, STAGES)
             score = warpgroup_mma_wait(2, deps=[score])
             weight, slope = weigh(
-                score, code, level, position // each, item, terms, tensors, limits, DTYPE,
-                POWER, FOLDED, SCALED,
-            )  # fmt: skip
-            _, delta, _ = terms_of(buffers, step, SCALED)
+                score, code, position // each, item, terms, tensors, limits, POWER, FOLDED
+            )
+            # Loaded here: between the stores of dq it would wait for these, earlier it has no registers.
+            delta = delta_of(buffers, step)
             # A wait is a branch, across which the assembler does not move code: without one here the
             # weights would be computed after the products that they should overlap.
             mbarrier.wait(sum_out, (before & 1) ^ 1)
@@ -578,12 +554,12 @@ def consumer(
         before = step - 1
         query_part = part_of_queries(buffers, before)
         key_part = add_to_keys(key_sum, buffers, before, STAGES)
-        value_buffer.index(0).reshape([_KEYS, SIZE]).store(value_sum.to(DTYPE))
+        value_buffer.index(0).reshape([_KEYS, SIZE]).store(value_sum.to(gl.bfloat16))
         mbarrier.wait(sum_out, (before & 1) ^ 1)
         query_part, key_total = warpgroup_mma_wait(0, deps=[query_part, key_part])
         mbarrier.arrive(queries_out.index(before % STAGES), count=1)
         store_part(query_part, buffers)
-        key_buffer.index(0).reshape([_KEYS, SIZE]).store((key_total * final).to(DTYPE))
+        key_buffer.index(0).reshape([_KEYS, SIZE]).store((key_total * final).to(gl.bfloat16))
         fence_async_shared()
         mbarrier.arrive(sum_in, count=1)
         at = [batch, row % key_heads, tile * _KEYS, 0]
@@ -603,34 +579,33 @@ def consumer(
     ]
 )  # fmt: skip
 def backward_kernel(
-    query_tiles, key_tiles, value_tiles, grad_tiles, delta_tiles, level_tiles, sum_tiles,
+    query_tiles, key_tiles, value_tiles, grad_tiles, delta_tiles, sum_tiles,
     grad_key_tiles, grad_value_tiles,
     spans, table, counter, turns,
     gain, starts, ends, shown, key_runs,
     scale, inverse, final, shown_batch, shown_patterns,
     tiles, rows, band, key_heads, group, patterns, query_tiles_count, span_patterns,
     offset, left, right, last_key,
-    STAGES: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr, SCALED: gl.constexpr,
-    SINGLE: gl.constexpr,
+    STAGES: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr, SINGLE: gl.constexpr,
 ):  # fmt: skip
-    DTYPE: gl.constexpr = query_tiles.dtype
     QUERIES: gl.constexpr = query_tiles.block_shape[2]
     SIZE: gl.constexpr = query_tiles.block_shape[3]
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     SQUARE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     query_buffer = gl.allocate_shared_memory(
-        DTYPE, [STAGES, 1, 1, QUERIES, SIZE], query_tiles.layout
+        gl.bfloat16, [STAGES, 1, 1, QUERIES, SIZE], query_tiles.layout
     )
-    grad_buffer = gl.allocate_shared_memory(DTYPE, [2, 1, 1, QUERIES, SIZE], grad_tiles.layout)
-    key_buffer = gl.allocate_shared_memory(DTYPE, [1, 1, 1, _KEYS, SIZE], key_tiles.layout)
-    value_buffer = gl.allocate_shared_memory(DTYPE, [1, 1, 1, _KEYS, SIZE], value_tiles.layout)
-    slope_buffer = gl.allocate_shared_memory(DTYPE, [2, _KEYS, QUERIES], SQUARE)
+    grad_buffer = gl.allocate_shared_memory(
+        gl.bfloat16, [2, 1, 1, QUERIES, SIZE], grad_tiles.layout
+    )
+    key_buffer = gl.allocate_shared_memory(gl.bfloat16, [1, 1, 1, _KEYS, SIZE], key_tiles.layout)
+    value_buffer = gl.allocate_shared_memory(
+        gl.bfloat16, [1, 1, 1, _KEYS, SIZE], value_tiles.layout
+    )
+    slope_buffer = gl.allocate_shared_memory(gl.bfloat16, [2, _KEYS, QUERIES], SQUARE)
     sum_buffer = gl.allocate_shared_memory(gl.float32, [1, 128, 64], sum_tiles.layout)
     delta_buffer = gl.allocate_shared_memory(gl.float32, [2, 1, QUERIES], delta_tiles.layout)
-    level_buffer = delta_buffer
-    if not SCALED:
-        level_buffer = gl.allocate_shared_memory(gl.float32, [2, 1, QUERIES], level_tiles.layout)
     index_buffer = gl.allocate_shared_memory(gl.int32, [2, 1], PLAIN)
     code_buffer = gl.allocate_shared_memory(gl.int32, [2, 1], PLAIN)
     keys_in = gl.allocate_shared_memory(gl.int64, [1], BAR)
@@ -657,10 +632,10 @@ def backward_kernel(
         mbarrier.init(index_in.index(i), count=1)
         mbarrier.init(index_out.index(i), count=2)
     fence_async_shared()
-    descriptors = (query_tiles, key_tiles, value_tiles, grad_tiles, delta_tiles, level_tiles)
+    descriptors = (query_tiles, key_tiles, value_tiles, grad_tiles, delta_tiles)
     buffers = (
-        query_buffer, key_buffer, value_buffer, grad_buffer, delta_buffer, level_buffer,
-        index_buffer, code_buffer, slope_buffer, sum_buffer,
+        query_buffer, key_buffer, value_buffer, grad_buffer, delta_buffer, index_buffer,
+        code_buffer, slope_buffer, sum_buffer,
     )  # fmt: skip
     barriers = (
         keys_in, keys_out, queries_in, queries_out, grads_in, grads_out, sum_in, sum_out,
@@ -674,9 +649,8 @@ def backward_kernel(
     gl.warp_specialize(
         [
             (consumer, (out_tiles, buffers, barriers, spans, terms, tensors, limits, shape,
-                        STAGES, POWER, FOLDED, SCALED, SINGLE)),
-            (producer, (descriptors, buffers, barriers, spans, table, counter, shape,
-                        STAGES, SCALED)),
+                        STAGES, POWER, FOLDED, SINGLE)),
+            (producer, (descriptors, buffers, barriers, spans, table, counter, shape, STAGES)),
             (writer, (sum_tiles, buffers, barriers, spans, table, turns, shape, QUERIES)),
         ],
         [1, 1],
