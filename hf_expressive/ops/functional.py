@@ -6,8 +6,8 @@
 * `"blockwise"`: plain torch in tiles, O(N) memory; every device.
 * `"triton"`: fused kernels; CUDA (or Triton's interpreter). Raises where a problem is not covered.
 * `"hopper"`: kernels for GPUs of compute capability 9.0 and the commonest cases; raises otherwise.
-* `"auto"`: for CUDA tensors the first of `"hopper"`, if there is work for every multiprocessor, and
-  `"triton"` that covers the call, with the gradients of `"triton"`; `"blockwise"` for everything else.
+* `"auto"`: for CUDA tensors the first of `"hopper"`, if the call is large (2²⁸ pairs of queries and keys),
+  and `"triton"` that covers the call; `"blockwise"` for everything else.
   An exported program, which other GPUs and lengths may meet, never holds `"hopper"`; one for ONNX, which
   has no operator of ours, holds `"reference"`.
 
@@ -220,13 +220,18 @@ def choose(problem: AttentionProblem, impl: str, *, return_weights: bool = False
             return "reference"
         if not problem.query.is_cuda:
             return "blockwise"
-        here = not torch.compiler.is_exporting()
-        if here and hopper.unsupported(problem) is None and hopper.is_large(problem):
+        if not _is_exporting() and hopper.unsupported(problem) is None and hopper.is_large(problem):
             return "hopper"
         return "triton" if triton.unsupported(problem) is None else "blockwise"
     if impl in _KERNELS and (reason := _KERNELS[impl].unsupported(problem)) is not None:
         raise NotImplementedError(f"impl={impl!r} does not cover this call: {reason}")
     return impl
+
+
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    """Asked outside the traced code, in which PyTorch 2.11 answers yes to everyone who compiles."""
+    return torch.compiler.is_exporting()
 
 
 def _problem(
