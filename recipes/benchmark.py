@@ -274,7 +274,7 @@ def reference_of(name: str) -> Attention:
 def check(name: str, attention: Attention, device: str, dtype: torch.dtype) -> None:
     """Raises SystemExit unless output and gradients agree with the float64 reference."""
     # On a GPU enough work for the kernels that serve large calls only.
-    shape = Shape(2, 4, 2, 384, 384, 64) if device == "cpu" else Shape(4, 16, 8, 1100, 1100, 64)
+    shape = Shape(2, 4, 2, 384, 384, 64) if device == "cpu" else Shape(4, 16, 8, 2100, 2100, 64)
     rough = shape.tensors(device, dtype, grad=True)
     exact = [tensor.detach().double().requires_grad_() for tensor in rough]
     out, expected = attention(*rough), reference_of(name)(*exact)

@@ -6,8 +6,8 @@
 * `"blockwise"`: plain torch in tiles, O(N) memory; every device.
 * `"triton"`: fused kernels; CUDA (or Triton's interpreter). Raises where a problem is not covered.
 * `"hopper"`: kernels for GPUs of compute capability 9.0 and the commonest cases; raises otherwise.
-* `"auto"`: for CUDA tensors the first of `"hopper"`, if the call is large (2²⁸ pairs of queries and keys),
-  and `"triton"` that covers the call; `"blockwise"` for everything else.
+* `"auto"`: for CUDA tensors the first of `"hopper"`, from 2²⁸ pairs of queries and keys on, and
+  `"triton"` that covers the call; `"blockwise"` for everything else.
   An exported program, which other GPUs and lengths may meet, never holds `"hopper"`; one for ONNX, which
   has no operator of ours, holds `"reference"`.
 
