@@ -6,7 +6,7 @@
 * `"blockwise"`: plain torch in tiles, O(N) memory; every device.
 * `"triton"`: fused kernels; CUDA (or Triton's interpreter). Raises where a problem is not covered.
 * `"hopper"`: kernels for GPUs of compute capability 9.0 and the commonest cases; raises otherwise.
-* `"auto"`: for CUDA tensors the first of `"hopper"`, from 2²⁸ pairs of queries and keys on, and
+* `"auto"`: for CUDA tensors the first of `"hopper"`, where that is faster (`hopper.is_faster`), and
   `"triton"` that covers the call; `"blockwise"` for everything else.
   An exported program, which other GPUs and lengths may meet, never holds `"hopper"`; one for ONNX, which
   has no operator of ours, holds `"reference"`.
@@ -220,7 +220,11 @@ def choose(problem: AttentionProblem, impl: str, *, return_weights: bool = False
             return "reference"
         if not problem.query.is_cuda:
             return "blockwise"
-        if not _is_exporting() and hopper.unsupported(problem) is None and hopper.is_large(problem):
+        if (
+            not _is_exporting()
+            and hopper.unsupported(problem) is None
+            and hopper.is_faster(problem)
+        ):
             return "hopper"
         return "triton" if triton.unsupported(problem) is None else "blockwise"
     if impl in _KERNELS and (reason := _KERNELS[impl].unsupported(problem)) is not None:

@@ -63,12 +63,15 @@ def unsupported(problem: AttentionProblem) -> str | None:
     return portable.unsupported(problem)
 
 
-def is_large(problem: AttentionProblem) -> bool:
-    """Whether the kernels run longer than their launch takes, which is twice the portable kernels'.
+def is_faster(problem: AttentionProblem) -> bool:
+    """Whether these kernels are worth their launch, which takes twice the host's time of a portable one.
 
-    From 2²⁸ pairs of queries and keys on (all batches and heads) they were faster or as fast at every
-    shape and mask measured; calls of 2²⁶ pairs are over sooner than the host has launched them.
+    From 2²⁸ pairs of queries and keys on (all batches and heads) they were faster than the portable
+    kernels, or as fast, at every shape and mask measured; calls of 2²⁶ pairs are over sooner than the
+    host has launched them. Not so with a mask a key (`KeyRanges.keys`), in which they skip nothing.
     """
+    if problem.ranges is not None and problem.ranges.keys is not None:
+        return False
     batch, heads, num_queries, _ = problem.query.shape
     return batch * heads * num_queries * problem.key.shape[2] >= _LARGE
 
@@ -138,9 +141,9 @@ def backward(
 
 
 def has_own_backward(problem: AttentionProblem) -> bool:
-    """Whether `gradient` covers a call that `is_large`.
+    """Whether `gradient` covers a call, and `is_faster`.
 
     In float16 gradients of tiny scores would overflow before they are multiplied by the keys.
     """
     covered = problem.response.kind == "hill" and problem.query.dtype == torch.bfloat16
-    return covered and is_large(problem)
+    return covered and is_faster(problem)
