@@ -22,8 +22,8 @@ from .ops.problem import AttentionProblem
 from .patcher import implementation, runs
 from .registry import CHILD, MECHANISMS, options_of
 
-#: Positions of the call that an explanation speaks of.
-_LENGTH = 4096
+#: Positions of the call that an explanation speaks of: long, so that no kernel is out of the question.
+_LENGTH = 16384
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,8 @@ class Machine:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
+        #: How often asynchronous work gets on before anything has to wait for it.
+        self.haste = self.random.choice((0.02, 0.3))
         self.ready = threading.Condition()
         self.threads: dict[int, Callable[[], bool]] = {}
         self.pending: list[Any] = []
@@ -87,7 +89,7 @@ class Machine:
             for _ in range(_STEPS_WITHOUT_PROGRESS):
                 if self.failure or not self.threads:
                     break
-                while self.random.random() < 0.3 and self.advance():
+                while self.random.random() < self.haste and self.advance():
                     pass
                 able = [name for name, able in self.threads.items() if able()]
                 if able:

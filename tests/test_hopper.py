@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import os
 import subprocess
@@ -303,8 +304,18 @@ def test_auto_takes_them_for_large_problems() -> None:
     assert not hopper.is_faster(dataclasses.replace(many, ranges=shown))
     assert choose(few, "auto") == ("triton" if GPU else "blockwise")
     assert choose(many, "auto") == ("hopper" if HOPPER else "triton" if GPU else "blockwise")
+    assert not hopper.is_faster(dataclasses.replace(many, sliding_window=8))
     capped = dataclasses.replace(many, softcap=30.0)
     assert choose(capped, "auto") == ("triton" if GPU else "blockwise")
+
+
+def test_an_explanation_speaks_of_a_long_call() -> None:
+    length = importlib.import_module("hf_expressive.explain")._LENGTH
+    query = problem_of("plain", 64).query[:1, :1, :1].expand(-1, -1, length, -1)
+    problem = AttentionProblem(
+        query=query, key=query, value=query, response=Response("hill"), scale=1.0, is_causal=True
+    )
+    assert hopper.is_faster(problem)
 
 
 class _Attention(torch.nn.Module):

@@ -92,11 +92,13 @@ def test_the_machine_notices_a_broken_kernel(
         assert source.count(old) == 1
         return source.replace(old, new)
 
-    failures = 0
-    for seed in range(6):
+    launcher("forward_kernel", 0, broken)  # outside of what counts as noticed
+
+    def fails(seed: int) -> bool:
         try:
             off_gpu("one head, many tiles", 64, seed, monkeypatch, change=broken)
         except (AssertionError, AttributeError, TypeError, Deadlock):
-            failures += 1
-            break
-    assert failures > 0
+            return True
+        return False
+
+    assert any(map(fails, range(6)))

@@ -34,6 +34,7 @@ from transformers import initialization as init
 from ..config import ImplicitKernelConfig, MechanismConfig
 from ..discovery import AttentionModule, attention_modules, head_dim, num_heads, num_key_value_heads
 from ..ops import KeyRanges
+from ..ops.functional import is_exporting
 from ..ops.implicit_kernel import (
     in_unit_lengths,
     kernel_features,
@@ -282,7 +283,7 @@ class ImplicitKernelAttention(Regularized, Mechanism):
         assert self.kernel is not None
         frequencies, key, key_bias, regularizer = self.kernel(call)
         # An exported program has no module to leave it on.
-        if not torch.compiler.is_exporting():
+        if not is_exporting():
             self.regularizer = regularizer
         if frequencies is None:
             return call.attend(self.response, call.scaling, key_bias)

@@ -220,11 +220,7 @@ def choose(problem: AttentionProblem, impl: str, *, return_weights: bool = False
             return "reference"
         if not problem.query.is_cuda:
             return "blockwise"
-        if (
-            not _is_exporting()
-            and hopper.unsupported(problem) is None
-            and hopper.is_faster(problem)
-        ):
+        if not is_exporting() and hopper.unsupported(problem) is None and hopper.is_faster(problem):
             return "hopper"
         return "triton" if triton.unsupported(problem) is None else "blockwise"
     if impl in _KERNELS and (reason := _KERNELS[impl].unsupported(problem)) is not None:
@@ -233,8 +229,8 @@ def choose(problem: AttentionProblem, impl: str, *, return_weights: bool = False
 
 
 @torch.compiler.assume_constant_result
-def _is_exporting() -> bool:
-    """Asked outside the traced code, in which PyTorch 2.11 answers yes to everyone who compiles."""
+def is_exporting() -> bool:
+    """Whether `torch.export` traces; asked out of traced code, where PyTorch 2.11 says yes always."""
     return torch.compiler.is_exporting()
 
 

@@ -18,14 +18,11 @@ from ..problem import AttentionProblem
 from ..triton.launch import (
     ceil_div,
     contiguous_float,
-    element_strides,
     is_foldable,
-    key_runs,
     num_processors,
-    shown_keys,
 )
 from .launch import tiles
-from .plan import FIELDS, ROWS, Plan, plan, reach
+from .plan import FIELDS, ROWS, plan, reach
 from .tiled_backward import backward_kernel
 
 #: Keys of a tile of `backward_kernel`.
@@ -37,16 +34,13 @@ _BAND_BYTES = 32 * 2**20
 _LARGEST_LOGARITHM = 87.0
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_keys"])
-def span_kernel(
-    tiles, keys, spans, tiles_batch, keys_batch, num_tiles, num_keys,
-    KEYS: tl.constexpr, FIELDS: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["num_tiles"])
+def span_kernel(tiles, spans, num_tiles, KEYS: tl.constexpr, FIELDS: tl.constexpr):
     """The plan seen from the keys: (first tile of queries that sees some of the keys of a tile, one
-    past the last, how many do, whether a key is hidden from all); [0, 1) and 0 where none does."""
+    past the last, how many do); [0, 1) and 0 where none does."""
     start = tl.program_id(0) * KEYS
     pattern = tl.program_id(1)
-    tiles += pattern * tiles_batch
+    tiles += pattern * num_tiles * FIELDS
     first = num_tiles
     last = 0
     count = 0
@@ -59,18 +53,10 @@ def span_kernel(
         first = tl.minimum(first, tl.min(tl.where(touched, tile, num_tiles), 0))
         last = tl.maximum(last, tl.max(tl.where(touched, tile + 1, 0), 0))
         count += tl.sum(touched.to(tl.int32), 0)
-    hole = 0
-    if keys is not None:
-        key = start + tl.arange(0, KEYS)
-        shown = tl.load(
-            keys + pattern.to(tl.int64) * keys_batch + key, mask=key < num_keys, other=1
-        )
-        hole = tl.sum((shown == 0).to(tl.int32), 0)
-    entry = spans + (pattern * tl.num_programs(0) + tl.program_id(0)) * 4
+    entry = spans + (pattern * tl.num_programs(0) + tl.program_id(0)) * 3
     tl.store(entry, tl.where(count > 0, first, 0))
     tl.store(entry + 1, tl.where(count > 0, last, 1))
     tl.store(entry + 2, count)
-    tl.store(entry + 3, hole)
 
 
 @triton.jit(do_not_specialize=["heads", "num_queries"])
@@ -107,7 +93,7 @@ def prepare_kernel(
 @triton.jit(do_not_specialize=["heads", "num_queries", "patterns"])
 def finish_kernel(
     sums, tiles, grad_query, final, heads, num_queries, patterns,
-    SIZE: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr, KEYS: tl.constexpr,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries: its float32 sum times a constant, 0 where it sees no key.
 
@@ -116,7 +102,7 @@ def finish_kernel(
     row = tl.program_id(0)
     pattern = tl.minimum(row // heads, patterns - 1)
     entry = tiles + (pattern * tl.num_programs(1) + tl.program_id(1)) * FIELDS
-    seen = tl.load(entry + 1) > tl.load(entry) // KEYS * KEYS
+    seen = tl.load(entry) < tl.load(entry + 1)
     place = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (ROWS * SIZE)
     total = tl.load(sums + place + tl.arange(0, ROWS * SIZE))
     total = total.reshape(ROWS // 64, SIZE // 64, 4, 4, 4, 2, 2, 4, 2, 2)
@@ -151,10 +137,11 @@ def gradients(
         final *= inverse
     elif problem.gain is None:
         final *= problem.scale
-    keys = shown_keys(problem)
-    runs = None if keys is None else key_runs(keys)
     key_tiles = ceil_div(num_keys, KEYS)
-    spans = _spans(tables, keys, num_keys, key_tiles)
+    spans = tables.tiles.new_empty(tables.patterns, key_tiles, 3)
+    span_kernel[(key_tiles, tables.patterns)](
+        tables.tiles, spans, tables.count, KEYS=KEYS, FIELDS=FIELDS, num_warps=4
+    )
 
     new = query.new_empty
     width = tables.count * ROWS
@@ -172,6 +159,7 @@ def gradients(
     grad_value = new(batch, key_heads, num_keys, size)
     row_bytes = size * (2 * query.element_size() + 4)
     band = max(1, _BAND_BYTES // (problem.group * num_queries * row_bytes))
+    band = min(band, batch * key_heads)
     starts, ends = (tables.rows[0], tables.rows[1]) if ranges is not None else (None, None)
     left, right = reach(problem)
     backward_kernel[(min(num_processors(problem), key_tiles * batch * key_heads),)](
@@ -190,13 +178,9 @@ def gradients(
         contiguous_float(problem.gain),
         starts,
         ends,
-        keys,
-        runs,
         float(problem.scale),
         inverse,
         final,
-        *element_strides(keys, 1),
-        1 if runs is None else len(runs),
         key_tiles,
         batch * key_heads,
         band,
@@ -204,7 +188,6 @@ def gradients(
         problem.group,
         tables.patterns,
         tables.count,
-        len(spans),
         num_keys - num_queries,
         left,
         right,
@@ -218,21 +201,9 @@ def gradients(
     grad_query = torch.empty_like(out)
     finish_kernel[(batch * heads, tables.count)](
         sums, tables.tiles, grad_query, final, heads, num_queries, tables.patterns,
-        SIZE=size, ROWS=ROWS, FIELDS=FIELDS, KEYS=KEYS,
+        SIZE=size, ROWS=ROWS, FIELDS=FIELDS,
     )  # fmt: skip
     return grad_query, grad_key, grad_value
-
-
-def _spans(tables: Plan, keys: Tensor | None, num_keys: int, key_tiles: int) -> Tensor:
-    """`span_kernel` for every tile of keys, int32, (B or 1, key tiles, 4)."""
-    patterns = max(tables.patterns, 1 if keys is None else len(keys))
-    spans = tables.tiles.new_empty(patterns, key_tiles, 4)
-    span_kernel[(key_tiles, patterns)](
-        tables.tiles, keys, spans,
-        *element_strides(tables.tiles, 1), *element_strides(keys, 1), tables.count, num_keys,
-        KEYS=KEYS, FIELDS=FIELDS, num_warps=4,
-    )  # fmt: skip
-    return spans
 
 
 def _pieces(tensor: Tensor, *block: int) -> TensorDescriptor:

@@ -31,7 +31,7 @@ HALF = ROWS // 2
 _BAND_BYTES = 16 * 2**20
 #: Blocks of keys and values in flight, at most as many as fit 227 KiB. Key: sizes of keys and values.
 STAGES = {(64, 64): 4, (64, 128): 3, (128, 64): 3, (128, 128): 2}
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         factors, levels = key_factors(call.key_factor), call.level
     half_precision = problem.query.dtype == torch.float16
     pair_bytes = num_keys * (size + value_size) * problem.key.element_size()
-    band = max(1, _BAND_BYTES // pair_bytes) * problem.group
+    band = min(max(1, _BAND_BYTES // pair_bytes) * problem.group, batch * heads)
     fill_empty(tables, problem, out, log_normalizer)
     programs = min(num_processors(problem), tables.count * batch * heads)
     forward_kernel[(programs,)](
@@ -117,9 +117,9 @@ def key_factors(factors: Tensor) -> TensorDescriptor:
     return TensorDescriptor(rows, list(rows.shape), [*strides, 1], [1, KEYS], layout)
 
 
-def tiles(tensor: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
-    """Descriptor of tiles of a (B, heads, length, size) tensor, `rows` by the whole size or less."""
+def tiles(tensor: Tensor, rows: int) -> TensorDescriptor:
+    """Descriptor of tiles of a (B, heads, length, size) tensor, `rows` by the whole size."""
     tensor, strides = addressable(tensor)
-    block = [1, 1, rows, columns or tensor.shape[-1]]
+    block = [1, 1, rows, tensor.shape[-1]]
     layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[tensor.dtype])
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block, layout)

@@ -97,10 +97,10 @@ def empty_kernel(
     ROWS: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    row = tl.program_id(1)
+    row = tl.program_id(0)
+    tile = tl.program_id(1)
     pattern = tl.minimum(row // heads, patterns - 1)
-    entry = tiles + (pattern * tl.num_programs(0) + tile) * FIELDS
+    entry = tiles + (pattern * tl.num_programs(1) + tile) * FIELDS
     if tl.load(entry) < tl.load(entry + 1):
         return
     query = tile * ROWS + tl.arange(0, ROWS)
@@ -163,7 +163,7 @@ def fill_empty(
     batch, heads, num_queries, value_size = out.shape
     if problem.ranges is None and num_queries <= problem.key.shape[2]:
         return  # the aligned diagonal passes through a key of every query
-    empty_kernel[(tables.count, batch * heads)](
+    empty_kernel[(batch * heads, tables.count)](
         tables.tiles,
         out,
         log_normalizer,

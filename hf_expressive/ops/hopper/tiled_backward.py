@@ -57,8 +57,8 @@ def _add(tensor_desc, coord, src, _semantic=None):
 def arrivals(pointer):
     """The counter at `pointer`.
 
-    Relaxed: the additions that it orders take place in the L2 cache. An acquiring load would empty the
-    L1 cache, where the consumers' spilled registers are; that cost a quarter of the whole kernel.
+    Relaxed: the additions that it orders take place in the L2 cache; an acquiring load would empty the
+    L1 cache of the whole multiprocessor.
     """
     return gl.inline_asm_elementwise(
         "ld.relaxed.gpu.global.u32 $0, [$1];", "=r,l", [pointer],
@@ -141,19 +141,15 @@ def bounds_of(query, item, tensors, limits):
     else:
         start = gl.load(starts + item[1] + query)
         end = gl.load(ends + item[1] + query)
-    return gl.maximum(start, item[2]), gl.minimum(end, item[3])
+    return gl.maximum(start, 0), gl.minimum(end, limits[3])
 
 
 @gluon.jit
 def hide(score, query, item, tensors, limits, SCORE: gl.constexpr):
     """The scores of a tile, 0 (weight and slope 0) where the key is hidden."""
-    shown = tensors[3]
     start, end = bounds_of(query, item, tensors, limits)
     key = item[0] + gl.arange(0, _KEYS, gl.SliceLayout(1, SCORE))
     visible = (key[:, None] >= start[None, :]) & (key[:, None] < end[None, :])
-    if shown is not None:
-        known = gl.load(shown + item[4] + key, mask=key < item[3], other=0) != 0
-        visible = visible & known[:, None]
     return gl.where(visible, score, 0.0)
 
 
@@ -176,11 +172,10 @@ def place(index, shape):
 
 @gluon.jit
 def span_of(tile, row, shape, spans):
-    """(first plan tile, one past the last, how many see some of the keys, whether keys are hidden)."""
-    tiles, key_heads, patterns = shape[0], shape[3], shape[7]
-    pattern = gl.minimum(row // key_heads, patterns - 1)
-    entry = spans + (pattern * tiles + tile) * 4
-    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3)
+    """(first plan tile, one past the last, how many) of those that see some of the keys."""
+    tiles, key_heads, patterns = shape[0], shape[3], shape[5]
+    entry = spans + (gl.minimum(row // key_heads, patterns - 1) * tiles + tile) * 3
+    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2)
 
 
 @gluon.jit
@@ -228,7 +223,7 @@ def producer(
             tile, row, rising = place(index, shape)
             batch = row // key_heads
             key_head = row % key_heads
-            first, last, count, hole = span_of(tile, row, shape, spans)
+            first, last, count = span_of(tile, row, shape, spans)
             key_start = tile * _KEYS
             entries = table + gl.minimum(batch, patterns - 1) * query_tiles_count * _FIELDS
             mbarrier.wait(keys_out, (turn & 1) ^ 1)
@@ -267,7 +262,6 @@ def producer(
                         _load(grad_tiles, [batch, head, query, 0], ready, grad_buffer.index(stage))
                         _load(delta_tiles, [flat_head, query], ready, delta_buffer.index(stage))
                         partial = (key_start < inner_start) | (key_start + _KEYS > inner_end)
-                        partial = partial | (hole != 0)
                         code = 2 * i + partial.to(gl.int32)
                         code_buffer.index(stage).store(gl.full([1], code, gl.int32, ONE))
                         mbarrier.arrive(ready, count=1)
@@ -292,8 +286,7 @@ def writer(sum_tiles, buffers, barriers, spans, table, turns, shape, QUERIES: gl
     while index < total:
         tile, row, rising = place(index, shape)
         batch = row // key_heads
-        span = span_of(tile, row, shape, spans)
-        first, last, count = span[0], span[1], span[2]
+        first, last, count = span_of(tile, row, shape, spans)
         key_start = tile * _KEYS
         entries = table + gl.minimum(batch, patterns - 1) * query_tiles_count * _FIELDS
         for member in range(group):
@@ -395,7 +388,7 @@ def weigh(
     gain = tensors[0]
     factor = terms[0]
     if gain is not None:
-        factor = factor * gl.load(gain + item[5] + member)
+        factor = factor * gl.load(gain + item[2] + member)
     if code & 1:
         query = (code >> 1) * QUERIES + gl.arange(0, QUERIES, gl.SliceLayout(0, SCORE))
         score = hide(score, query, item, tensors, limits, SCORE)
@@ -481,11 +474,10 @@ def consumer(
         barriers[7],
     )  # fmt: skip
     grad_key_tiles, grad_value_tiles = out_tiles[0], out_tiles[1]
-    key_runs = tensors[4]
     tiles, rows, key_heads, group, patterns, query_tiles_count = (
         shape[0], shape[1], shape[3], shape[4], shape[5], shape[6],
     )  # fmt: skip
-    final, shown_batch, shown_patterns = terms[2], terms[3], terms[4]
+    final = terms[2]
     QUERIES: gl.constexpr = buffers[0].shape[3]
     SIZE: gl.constexpr = buffers[0].shape[4]
     PER: gl.constexpr = _ROWS // QUERIES
@@ -499,14 +491,7 @@ def consumer(
         batch = row // key_heads
         pattern = gl.minimum(batch, patterns - 1)
         each = gl.maximum(span_of(tile, row, shape, spans)[2], 1) * PER
-        first_key, last_key = tile * 0, limits[3]
-        if key_runs is not None:
-            runs = key_runs + gl.minimum(batch, shown_patterns - 1) * 3
-            first_key, last_key = gl.load(runs), gl.load(runs + 1)
-        item = (
-            tile * _KEYS, pattern * (query_tiles_count * _ROWS), first_key, last_key,
-            batch.to(gl.int64) * shown_batch, row % key_heads * group,
-        )  # fmt: skip
+        item = (tile * _KEYS, pattern * (query_tiles_count * _ROWS), row % key_heads * group)
         nothing_yet = gl.zeros([_KEYS, SIZE], gl.float32, SUM)
         key_sum = nothing_yet
 
@@ -574,7 +559,7 @@ def consumer(
 @gluon.jit(
     do_not_specialize=[
         "tiles", "rows", "band", "key_heads", "group", "patterns", "query_tiles_count",
-        "span_patterns", "offset",
+        "offset",
         "left", "right", "last_key",
     ]
 )  # fmt: skip
@@ -582,9 +567,8 @@ def backward_kernel(
     query_tiles, key_tiles, value_tiles, grad_tiles, delta_tiles, sum_tiles,
     grad_key_tiles, grad_value_tiles,
     spans, table, counter, turns,
-    gain, starts, ends, shown, key_runs,
-    scale, inverse, final, shown_batch, shown_patterns,
-    tiles, rows, band, key_heads, group, patterns, query_tiles_count, span_patterns,
+    gain, starts, ends, scale, inverse, final,
+    tiles, rows, band, key_heads, group, patterns, query_tiles_count,
     offset, left, right, last_key,
     STAGES: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr, SINGLE: gl.constexpr,
 ):  # fmt: skip
@@ -641,9 +625,9 @@ def backward_kernel(
         keys_in, keys_out, queries_in, queries_out, grads_in, grads_out, sum_in, sum_out,
         index_in, index_out,
     )  # fmt: skip
-    shape = (tiles, rows, band, key_heads, group, patterns, query_tiles_count, span_patterns)
-    terms = (scale, inverse, final, shown_batch, shown_patterns)
-    tensors = (gain, starts, ends, shown, key_runs)
+    shape = (tiles, rows, band, key_heads, group, patterns, query_tiles_count)
+    terms = (scale, inverse, final)
+    tensors = (gain, starts, ends)
     limits = (offset, left, right, last_key)
     out_tiles = (grad_key_tiles, grad_value_tiles)
     gl.warp_specialize(
