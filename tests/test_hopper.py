@@ -349,6 +349,21 @@ def test_auto_compiles_into_one_graph_without_a_warning(pretended: tuple[Tensor,
     assert [taken(graph) for graph in graphs] == [["hopper"]]
 
 
+def test_lengths_compile_into_a_graph_for_long_and_one_for_short_calls(
+    pretended: tuple[Tensor, ...],
+) -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(taken(graph.graph))
+        return graph.forward
+
+    compiled = torch.compile(_Attention(), fullgraph=True, dynamic=True, backend=backend)
+    for length in (4096, 1024, 300, 3000, 2047):
+        compiled(*(tensor.new_empty(4, 16, length, 64) for tensor in pretended))
+    assert graphs == [["hopper"], ["triton"]]
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_program_is_for_any_gpu_and_length(
     pretended: tuple[Tensor, ...], strict: bool

@@ -21,6 +21,7 @@ in the same order from a counter, so a program only ever waits for one that star
 causality later keys also begin with later queries, and the turns come round by themselves.
 """
 
+# ruff: noqa: RUF059 - the tuples that hold a kernel's state are unpacked whole, by name
 from __future__ import annotations
 
 from triton._C.libtriton import ir
@@ -134,21 +135,24 @@ def weight_and_slope(
 @gluon.jit
 def bounds_of(query, item, tensors, limits):
     """[start, end) of the keys that queries see."""
-    starts, ends = tensors[1], tensors[2]
+    gain, starts, ends = tensors
+    offset, left, right, num_keys = limits
+    first_key, bounds, first_head = item
     if starts is None:
-        start = query + (limits[0] + 1 - limits[1])
-        end = query + (limits[0] + limits[2])
+        start = query + (offset + 1 - left)
+        end = query + (offset + right)
     else:
-        start = gl.load(starts + item[1] + query)
-        end = gl.load(ends + item[1] + query)
-    return gl.maximum(start, 0), gl.minimum(end, limits[3])
+        start = gl.load(starts + bounds + query)
+        end = gl.load(ends + bounds + query)
+    return gl.maximum(start, 0), gl.minimum(end, num_keys)
 
 
 @gluon.jit
 def hide(score, query, item, tensors, limits, SCORE: gl.constexpr):
     """The scores of a tile, 0 (weight and slope 0) where the key is hidden."""
     start, end = bounds_of(query, item, tensors, limits)
-    key = item[0] + gl.arange(0, _KEYS, gl.SliceLayout(1, SCORE))
+    first_key, bounds, first_head = item
+    key = first_key + gl.arange(0, _KEYS, gl.SliceLayout(1, SCORE))
     visible = (key[:, None] >= start[None, :]) & (key[:, None] < end[None, :])
     return gl.where(visible, score, 0.0)
 
@@ -160,7 +164,7 @@ def place(index, shape):
     A band starts with its last keys and steps through queries upwards. The last band is `rising`: it
     starts with its first keys and steps downwards, so that with causality the short items end the work.
     """
-    tiles, rows, band = shape[0], shape[1], shape[2]
+    tiles, rows, band, key_heads, group, patterns, query_tiles_count = shape
     area = tiles * band
     first = index // area * band
     rest = index % area
@@ -173,18 +177,18 @@ def place(index, shape):
 @gluon.jit
 def span_of(tile, row, shape, spans):
     """(first plan tile, one past the last, how many) of those that see some of the keys."""
-    tiles, key_heads, patterns = shape[0], shape[3], shape[5]
+    tiles, rows, band, key_heads, group, patterns, query_tiles_count = shape
     entry = spans + (gl.minimum(row // key_heads, patterns - 1) * tiles + tile) * 3
     return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2)
 
 
 @gluon.jit
-def next_item(buffers, barriers, turn, WARPS: gl.constexpr):
+def next_item(index_buffer, index_in, index_out, turn, WARPS: gl.constexpr):
     """What the producer has published for this turn."""
     slot = turn & 1
-    mbarrier.wait(barriers[8].index(slot), (turn >> 1) & 1)
-    index = gl.max(buffers[5].index(slot).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
-    mbarrier.arrive(barriers[9].index(slot), count=1)
+    mbarrier.wait(index_in.index(slot), (turn >> 1) & 1)
+    index = gl.max(index_buffer.index(slot).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+    mbarrier.arrive(index_out.index(slot), count=1)
     return index
 
 
@@ -193,20 +197,17 @@ def producer(
     descriptors, buffers, barriers, spans, table, counter, shape,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    query_tiles, key_tiles, value_tiles, grad_tiles, delta_tiles = (
-        descriptors[0], descriptors[1], descriptors[2], descriptors[3], descriptors[4],
-    )  # fmt: skip
-    query_buffer, key_buffer, value_buffer, grad_buffer, delta_buffer = (
-        buffers[0], buffers[1], buffers[2], buffers[3], buffers[4],
-    )  # fmt: skip
-    index_buffer, code_buffer = buffers[5], buffers[6]
-    keys_in, keys_out, queries_in, queries_out, grads_in, grads_out = (
-        barriers[0], barriers[1], barriers[2], barriers[3], barriers[4], barriers[5],
-    )  # fmt: skip
-    index_in, index_out = barriers[8], barriers[9]
-    total, key_heads, group, patterns, query_tiles_count = (
-        shape[0] * shape[1], shape[3], shape[4], shape[5], shape[6],
-    )  # fmt: skip
+    query_tiles, key_tiles, value_tiles, grad_tiles, delta_tiles = descriptors
+    (
+        query_buffer, key_buffer, value_buffer, grad_buffer, delta_buffer, index_buffer,
+        code_buffer, slope_buffer, sum_buffer,
+    ) = buffers  # fmt: skip
+    (
+        keys_in, keys_out, queries_in, queries_out, grads_in, grads_out, sum_in, sum_out,
+        index_in, index_out,
+    ) = barriers  # fmt: skip
+    tiles, rows, band, key_heads, group, patterns, query_tiles_count = shape
+    total = tiles * rows
     QUERIES: gl.constexpr = query_tiles.block_shape[2]
     PER: gl.constexpr = _ROWS // QUERIES
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -274,15 +275,20 @@ def producer(
 
 @gluon.jit
 def writer(sum_tiles, buffers, barriers, spans, table, turns, shape, QUERIES: gl.constexpr):
-    sum_buffer = buffers[8]
-    sum_in, sum_out = barriers[6], barriers[7]
-    total, key_heads, group, patterns, query_tiles_count = (
-        shape[0] * shape[1], shape[3], shape[4], shape[5], shape[6],
-    )  # fmt: skip
+    (
+        query_buffer, key_buffer, value_buffer, grad_buffer, delta_buffer, index_buffer,
+        code_buffer, slope_buffer, sum_buffer,
+    ) = buffers  # fmt: skip
+    (
+        keys_in, keys_out, queries_in, queries_out, grads_in, grads_out, sum_in, sum_out,
+        index_in, index_out,
+    ) = barriers  # fmt: skip
+    tiles, rows, band, key_heads, group, patterns, query_tiles_count = shape
+    total = tiles * rows
     PER: gl.constexpr = _ROWS // QUERIES
     step = 0
     turn = 0
-    index = next_item(buffers, barriers, turn, 1)
+    index = next_item(index_buffer, index_in, index_out, turn, 1)
     while index < total:
         tile, row, rising = place(index, shape)
         batch = row // key_heads
@@ -332,28 +338,27 @@ def writer(sum_tiles, buffers, barriers, spans, table, turns, shape, QUERIES: gl
             if sent >= 0:
                 publish(own_turns + sent, "0")
         turn += 1
-        index = next_item(buffers, barriers, turn, 1)
+        index = next_item(index_buffer, index_in, index_out, turn, 1)
 
 
 @gluon.jit
-def code_of(buffers, step):
+def code_of(code_buffer, step):
     """Twice the tile of queries, and one more if keys are hidden from some of them."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
-    return gl.max(buffers[6].index(step & 1).load(ONE), 0)
+    return gl.max(code_buffer.index(step & 1).load(ONE), 0)
 
 
 @gluon.jit
-def delta_of(buffers, step):
+def delta_of(delta_buffer, step):
     """δ of the queries of a step."""
-    QUERIES: gl.constexpr = buffers[0].shape[3]
+    QUERIES: gl.constexpr = delta_buffer.shape[2]
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
-    return buffers[4].index(step & 1).reshape([QUERIES]).load(gl.SliceLayout(0, SCORE))
+    return delta_buffer.index(step & 1).reshape([QUERIES]).load(gl.SliceLayout(0, SCORE))
 
 
 @gluon.jit
-def scores_of(buffers, step, STAGES: gl.constexpr):
+def scores_of(query_buffer, key_buffer, step, STAGES: gl.constexpr):
     """Starts K·Qᵀ."""
-    query_buffer, key_buffer = buffers[0], buffers[1]
     QUERIES: gl.constexpr = query_buffer.shape[3]
     SIZE: gl.constexpr = query_buffer.shape[4]
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
@@ -365,9 +370,8 @@ def scores_of(buffers, step, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def bracket_of(delta, buffers, step):
+def bracket_of(delta, value_buffer, grad_buffer, step):
     """Starts V·doutᵀ − δ."""
-    value_buffer, grad_buffer = buffers[2], buffers[3]
     QUERIES: gl.constexpr = grad_buffer.shape[3]
     SIZE: gl.constexpr = grad_buffer.shape[4]
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
@@ -385,20 +389,20 @@ def weigh(
     """Weights, as an operand, and slopes of a step."""
     QUERIES: gl.constexpr = score.shape[1]
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
-    gain = tensors[0]
-    factor = terms[0]
+    gain, starts, ends = tensors
+    factor, inverse, final = terms
+    first_key, bounds, first_head = item
     if gain is not None:
-        factor = factor * gl.load(gain + item[2] + member)
+        factor = factor * gl.load(gain + first_head + member)
     if code & 1:
         query = (code >> 1) * QUERIES + gl.arange(0, QUERIES, gl.SliceLayout(0, SCORE))
         score = hide(score, query, item, tensors, limits, SCORE)
-    return weight_and_slope(score, factor, terms[1], gain is not None, POWER, FOLDED)
+    return weight_and_slope(score, factor, inverse, gain is not None, POWER, FOLDED)
 
 
 @gluon.jit
-def add_to_values(value_sum, weight, buffers, step):
+def add_to_values(value_sum, weight, grad_buffer, step):
     """Starts value_sum + Pᵀ·dout."""
-    grad_buffer = buffers[3]
     QUERIES: gl.constexpr = grad_buffer.shape[3]
     SIZE: gl.constexpr = grad_buffer.shape[4]
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, SIZE, 16])
@@ -409,9 +413,10 @@ def add_to_values(value_sum, weight, buffers, step):
 
 
 @gluon.jit
-def store_slope(bracket, slope, code, buffers, step, item, tensors, limits, SINGLE: gl.constexpr):
+def store_slope(
+    bracket, slope, code, slope_buffer, step, item, tensors, limits, SINGLE: gl.constexpr
+):
     """dSᵀ to shared memory, fenced: after the next barrier both warp groups may multiply by it."""
-    slope_buffer = buffers[7]
     QUERIES: gl.constexpr = bracket.shape[1]
     if SINGLE:  # noqa: SIM102 - decided at compile time
         if code & 1:
@@ -425,11 +430,10 @@ def store_slope(bracket, slope, code, buffers, step, item, tensors, limits, SING
 
 
 @gluon.jit
-def part_of_queries(buffers, step):
+def part_of_queries(slope_buffer, key_buffer, step):
     """Starts dS·K; each warp group computes 64 × 64 of it."""
-    key_buffer, slope_buffer = buffers[1], buffers[7]
-    QUERIES: gl.constexpr = buffers[0].shape[3]
-    SIZE: gl.constexpr = buffers[0].shape[4]
+    QUERIES: gl.constexpr = slope_buffer.shape[2]
+    SIZE: gl.constexpr = key_buffer.shape[4]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [QUERIES // 16, 128 // QUERIES], [16, 64, 16]
     )
@@ -441,9 +445,8 @@ def part_of_queries(buffers, step):
 
 
 @gluon.jit
-def add_to_keys(key_sum, buffers, step, STAGES: gl.constexpr):
+def add_to_keys(key_sum, slope_buffer, query_buffer, step, STAGES: gl.constexpr):
     """Starts key_sum + dSᵀ·Q."""
-    query_buffer, slope_buffer = buffers[0], buffers[7]
     QUERIES: gl.constexpr = query_buffer.shape[3]
     SIZE: gl.constexpr = query_buffer.shape[4]
     queries = query_buffer.index(step % STAGES).reshape([QUERIES, SIZE])
@@ -451,16 +454,15 @@ def add_to_keys(key_sum, buffers, step, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def store_part(query_part, buffers):
+def store_part(query_part, sum_buffer, QUERIES: gl.constexpr):
     """dq of a step to shared memory, in an order in which a thread writes 16 bytes at a time.
 
     Of the 64 rows (4 warps, 2, 8 in lanes) and 64 columns (8, 4 in lanes, 2) of a warp group the two
     rows and two columns come to lie beside each other; `finish_kernel` undoes it.
     """
-    QUERIES: gl.constexpr = buffers[0].shape[3]
     split = query_part.reshape([QUERIES // 64, 4, 2, 4, 2, 128 // QUERIES, 2, 4, 4, 2])
     shuffled = split.permute((0, 5, 7, 1, 3, 6, 4, 8, 2, 9)).reshape([1, 128, 64])
-    buffers[8].store(shuffled)
+    sum_buffer.store(shuffled)
 
 
 @gluon.jit
@@ -468,26 +470,26 @@ def consumer(
     out_tiles, buffers, barriers, spans, terms, tensors, limits, shape,
     STAGES: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr, SINGLE: gl.constexpr,
 ):  # fmt: skip
-    key_buffer, value_buffer = buffers[1], buffers[2]
-    keys_in, keys_out, queries_in, queries_out, grads_in, grads_out, sum_in, sum_out = (
-        barriers[0], barriers[1], barriers[2], barriers[3], barriers[4], barriers[5], barriers[6],
-        barriers[7],
-    )  # fmt: skip
-    grad_key_tiles, grad_value_tiles = out_tiles[0], out_tiles[1]
-    tiles, rows, key_heads, group, patterns, query_tiles_count = (
-        shape[0], shape[1], shape[3], shape[4], shape[5], shape[6],
-    )  # fmt: skip
-    final = terms[2]
-    QUERIES: gl.constexpr = buffers[0].shape[3]
-    SIZE: gl.constexpr = buffers[0].shape[4]
+    (
+        query_buffer, key_buffer, value_buffer, grad_buffer, delta_buffer, index_buffer,
+        code_buffer, slope_buffer, sum_buffer,
+    ) = buffers  # fmt: skip
+    (
+        keys_in, keys_out, queries_in, queries_out, grads_in, grads_out, sum_in, sum_out,
+        index_in, index_out,
+    ) = barriers  # fmt: skip
+    tiles, rows, band, key_heads, group, patterns, query_tiles_count = shape
+    grad_key_tiles, grad_value_tiles = out_tiles
+    scale, inverse, final = terms
+    QUERIES: gl.constexpr = query_buffer.shape[3]
+    SIZE: gl.constexpr = query_buffer.shape[4]
     PER: gl.constexpr = _ROWS // QUERIES
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, SIZE, 16])
     step = 0
     turn = 0
-    index = next_item(buffers, barriers, turn, 8)
+    index = next_item(index_buffer, index_in, index_out, turn, 8)
     while index < tiles * rows:
-        item_place = place(index, shape)
-        tile, row = item_place[0], item_place[1]
+        tile, row, rising = place(index, shape)
         batch = row // key_heads
         pattern = gl.minimum(batch, patterns - 1)
         each = gl.maximum(span_of(tile, row, shape, spans)[2], 1) * PER
@@ -497,53 +499,54 @@ def consumer(
 
         mbarrier.wait(keys_in, turn & 1)
         mbarrier.wait(queries_in.index(step % STAGES), (step // STAGES) & 1)
-        score = warpgroup_mma_wait(0, deps=[scores_of(buffers, step, STAGES)])
+        score = warpgroup_mma_wait(0, deps=[scores_of(query_buffer, key_buffer, step, STAGES)])
         mbarrier.wait(grads_in.index(step & 1), (step >> 1) & 1)
-        code = code_of(buffers, step)
+        code = code_of(code_buffer, step)
         weight, slope = weigh(score, code, 0, item, terms, tensors, limits, POWER, FOLDED)
-        value_sum = add_to_values(nothing_yet, weight, buffers, step)
-        bracket = bracket_of(delta_of(buffers, step), buffers, step)
+        value_sum = add_to_values(nothing_yet, weight, grad_buffer, step)
+        delta = delta_of(delta_buffer, step)
+        bracket = bracket_of(delta, value_buffer, grad_buffer, step)
         bracket, value_sum = warpgroup_mma_wait(0, deps=[bracket, value_sum])
-        store_slope(bracket, slope, code, buffers, step, item, tensors, limits, SINGLE)
+        store_slope(bracket, slope, code, slope_buffer, step, item, tensors, limits, SINGLE)
         mbarrier.arrive(grads_out.index(step & 1), count=1)
         step += 1
         for position in range(1, each * group):
             before = step - 1
             mbarrier.wait(queries_in.index(step % STAGES), (step // STAGES) & 1)
-            score = scores_of(buffers, step, STAGES)
+            score = scores_of(query_buffer, key_buffer, step, STAGES)
             mbarrier.wait(grads_in.index(step & 1), (step >> 1) & 1)
-            code = code_of(buffers, step)
-            query_part = part_of_queries(buffers, before)
-            key_part = add_to_keys(key_sum, buffers, before, STAGES)
+            code = code_of(code_buffer, step)
+            query_part = part_of_queries(slope_buffer, key_buffer, before)
+            key_part = add_to_keys(key_sum, slope_buffer, query_buffer, before, STAGES)
             score = warpgroup_mma_wait(2, deps=[score])
             weight, slope = weigh(
                 score, code, position // each, item, terms, tensors, limits, POWER, FOLDED
             )
             # Loaded here: between the stores of dq it would wait for these, earlier it has no registers.
-            delta = delta_of(buffers, step)
+            delta = delta_of(delta_buffer, step)
             # A wait is a branch, across which the assembler does not move code: without one here the
             # weights would be computed after the products that they should overlap.
             mbarrier.wait(sum_out, (before & 1) ^ 1)
-            value_sum = add_to_values(value_sum, weight, buffers, step)
+            value_sum = add_to_values(value_sum, weight, grad_buffer, step)
             query_part, key_sum = warpgroup_mma_wait(1, deps=[query_part, key_part])
             mbarrier.arrive(queries_out.index(before % STAGES), count=1)
-            store_part(query_part, buffers)
-            bracket = bracket_of(delta, buffers, step)
+            store_part(query_part, sum_buffer, QUERIES)
+            bracket = bracket_of(delta, value_buffer, grad_buffer, step)
             fence_async_shared()
             mbarrier.arrive(sum_in, count=1)
             bracket, value_sum = warpgroup_mma_wait(0, deps=[bracket, value_sum])
-            store_slope(bracket, slope, code, buffers, step, item, tensors, limits, SINGLE)
+            store_slope(bracket, slope, code, slope_buffer, step, item, tensors, limits, SINGLE)
             mbarrier.arrive(grads_out.index(step & 1), count=1)
             step += 1
 
         before = step - 1
-        query_part = part_of_queries(buffers, before)
-        key_part = add_to_keys(key_sum, buffers, before, STAGES)
+        query_part = part_of_queries(slope_buffer, key_buffer, before)
+        key_part = add_to_keys(key_sum, slope_buffer, query_buffer, before, STAGES)
         value_buffer.index(0).reshape([_KEYS, SIZE]).store(value_sum.to(gl.bfloat16))
         mbarrier.wait(sum_out, (before & 1) ^ 1)
         query_part, key_total = warpgroup_mma_wait(0, deps=[query_part, key_part])
         mbarrier.arrive(queries_out.index(before % STAGES), count=1)
-        store_part(query_part, buffers)
+        store_part(query_part, sum_buffer, QUERIES)
         key_buffer.index(0).reshape([_KEYS, SIZE]).store((key_total * final).to(gl.bfloat16))
         fence_async_shared()
         mbarrier.arrive(sum_in, count=1)
@@ -553,14 +556,14 @@ def consumer(
         tma.store_wait(0)
         mbarrier.arrive(keys_out, count=1)
         turn += 1
-        index = next_item(buffers, barriers, turn, 8)
+        index = next_item(index_buffer, index_in, index_out, turn, 8)
 
 
 @gluon.jit(
     do_not_specialize=[
         "tiles", "rows", "band", "key_heads", "group", "patterns", "query_tiles_count",
         "offset",
-        "left", "right", "last_key",
+        "left", "right", "num_keys",
     ]
 )  # fmt: skip
 def backward_kernel(
@@ -569,7 +572,7 @@ def backward_kernel(
     spans, table, counter, turns,
     gain, starts, ends, scale, inverse, final,
     tiles, rows, band, key_heads, group, patterns, query_tiles_count,
-    offset, left, right, last_key,
+    offset, left, right, num_keys,
     STAGES: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr, SINGLE: gl.constexpr,
 ):  # fmt: skip
     QUERIES: gl.constexpr = query_tiles.block_shape[2]
@@ -628,7 +631,7 @@ def backward_kernel(
     shape = (tiles, rows, band, key_heads, group, patterns, query_tiles_count)
     terms = (scale, inverse, final)
     tensors = (gain, starts, ends)
-    limits = (offset, left, right, last_key)
+    limits = (offset, left, right, num_keys)
     out_tiles = (grad_key_tiles, grad_value_tiles)
     gl.warp_specialize(
         [
