@@ -15,6 +15,7 @@ block after it, with their factors where there are any (`launch.key_factors`). T
 through the shared memory of its own queries, or through one of its own where sizes differ.
 """
 
+# ruff: noqa: RUF059 - the tuples that hold a kernel's state are unpacked whole, by name
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -100,7 +101,7 @@ def lane_sums(weight, HALF: gl.constexpr, KEYS: gl.constexpr):
 @gluon.jit
 def place(index, shape):
     """(tile, row of B · H) of a work item: band by band of heads, the last tiles of a band first."""
-    tiles, rows, band = shape[0], shape[1], shape[2]
+    tiles, rows, band, heads, group, patterns, num_queries = shape
     area = tiles * band
     first = index // area * band
     rest = index % area
@@ -111,7 +112,7 @@ def place(index, shape):
 @gluon.jit
 def entry_of(tile, batch, shape, table):
     """Address of the plan's numbers for a tile."""
-    tiles, patterns = shape[0], shape[5]
+    tiles, rows, band, heads, group, patterns, num_queries = shape
     return table + (gl.minimum(batch, patterns - 1) * tiles + tile) * _FIELDS
 
 
@@ -121,13 +122,14 @@ def item(index, shape, table, KEYS: gl.constexpr):
 
     A number of 0 or less: the tile sees nothing, and `plan.fill_empty` has written its rows.
     """
-    tile, row = place(gl.minimum(index, shape[0] * shape[1] - 1), shape)
-    batch = row // shape[3]
-    head = row - batch * shape[3]
+    tiles, rows, band, heads, group, patterns, num_queries = shape
+    tile, row = place(gl.minimum(index, tiles * rows - 1), shape)
+    batch = row // heads
+    head = row - batch * heads
     entry = entry_of(tile, batch, shape, table)
     first = gl.load(entry) // KEYS
     count = gl.cdiv(gl.load(entry + 1), KEYS) - first
-    return tile, batch, head, row // shape[4], first, count
+    return tile, batch, head, row // group, first, count
 
 
 @gluon.jit
@@ -157,16 +159,15 @@ def number(buffer, place):
 @gluon.jit
 def published(buffer, barriers, turn):
     """The work item of a turn, in the order of `announce`'s arguments."""
-    index_in, index_out = barriers[4], barriers[5]
+    queries_in, queries_out, step_in, step_out, index_in, index_out = barriers
     slot = turn & 1
     mbarrier.wait(index_in.index(slot), (turn >> 1) & 1)
-    place = 8 * slot
-    tile = number(buffer, place)
-    batch = number(buffer, place + 1)
-    head = number(buffer, place + 2)
-    key_row = number(buffer, place + 3)
-    first = number(buffer, place + 4)
-    count = number(buffer, place + 5)
+    tile = number(buffer, 8 * slot)
+    batch = number(buffer, 8 * slot + 1)
+    head = number(buffer, 8 * slot + 2)
+    key_row = number(buffer, 8 * slot + 3)
+    first = number(buffer, 8 * slot + 4)
+    count = number(buffer, 8 * slot + 5)
     mbarrier.arrive(index_out.index(slot), count=1)
     return tile, batch, head, key_row, first, count
 
@@ -177,7 +178,7 @@ def visibility(
     half: gl.constexpr, HALF: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """What half a tile sees: [start, end) of what all of its queries see, and of each."""
-    tiles, patterns = shape[0], shape[5]
+    tiles, rows, band, heads, group, patterns, num_queries = shape
     tile = gl.maximum(tile, 0)
     entry = entry_of(tile, batch, shape, table)
     inner_start = gl.load(entry + 2 + 2 * half)
@@ -194,16 +195,11 @@ def producer(
     descriptors, buffers, barriers, table, counter, shape,
     HALF: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    query_tiles, key_tiles, value_tiles, factor_tiles = (
-        descriptors[0], descriptors[1], descriptors[2], descriptors[3],
-    )  # fmt: skip
-    query_buffer, key_buffer, value_buffer, factor_buffer, index_buffer = (
-        buffers[0], buffers[1], buffers[2], buffers[3], buffers[4],
-    )  # fmt: skip
-    queries_in, queries_out, step_in, step_out, index_in, index_out = (
-        barriers[0], barriers[1], barriers[2], barriers[3], barriers[4], barriers[5],
-    )  # fmt: skip
-    total, key_heads = shape[0] * shape[1], shape[3] // shape[4]
+    query_tiles, key_tiles, value_tiles, factor_tiles = descriptors
+    query_buffer, key_buffer, value_buffer, factor_buffer, index_buffer, out_buffer = buffers
+    queries_in, queries_out, step_in, step_out, index_in, index_out = barriers
+    tiles, rows, band, heads, group, patterns, num_queries = shape
+    total, key_heads = tiles * rows, heads // group
     KEY_BYTES: gl.constexpr = key_tiles.block_type.nbytes + (
         0 if factor_tiles is None else factor_tiles.block_type.nbytes
     )
@@ -295,16 +291,14 @@ def consumer(
     HALF: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, POWER: gl.constexpr,
     FOLDED: gl.constexpr, LIFT: gl.constexpr,
 ):  # fmt: skip
-    query_buffer, key_buffer, value_buffer, factor_buffer, index_buffer, out_buffer = (
-        buffers[0], buffers[1], buffers[2], buffers[3], buffers[4], buffers[5],
-    )  # fmt: skip
-    queries_in, queries_out, step_in, step_out = barriers[0], barriers[1], barriers[2], barriers[3]
-    table, bounds = tables[0], tables[1]
-    scale, gain, sinks, sinks_batch, sinks_head, sinks_query, keys, keys_batch = (
-        terms[0], terms[1], terms[2], terms[3], terms[4], terms[5], terms[6], terms[7],
-    )  # fmt: skip
-    levels, common_level, epsilon = terms[8], terms[9], terms[10]
-    heads, num_queries = shape[3], shape[6]
+    query_buffer, key_buffer, value_buffer, factor_buffer, index_buffer, out_buffer = buffers
+    queries_in, queries_out, step_in, step_out, index_in, index_out = barriers
+    table, bounds = tables
+    (
+        scale, gain, sinks, sinks_batch, sinks_head, sinks_query, keys, keys_batch,
+        levels, common_level, epsilon,
+    ) = terms  # fmt: skip
+    tiles, rows, band, heads, group, patterns, num_queries = shape
     SIZE: gl.constexpr = query_buffer.shape[4]
     VALUE_SIZE: gl.constexpr = value_buffer.shape[4]
     DTYPE: gl.constexpr = query_buffer.dtype
