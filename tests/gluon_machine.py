@@ -161,9 +161,6 @@ class Shared:
     def store(self, value: Tensor) -> None:
         self.data.copy_(value)
 
-    def slice(self, start: int, length: int, dim: int) -> Shared:
-        return Shared(self.data.narrow(dim, start, length))
-
 
 class Pointer:
     """An address in global memory."""
@@ -327,6 +324,7 @@ class _Namespace:
         """What stands for functions of the source that are inline assembly, or that torch lacks."""
         return {
             "_add": self.add, "arrivals": self.arrivals, "publish": self.publish,
+            "number": lambda buffer, place, _: buffer.index(place).load(None).max(),
             "reciprocal": lambda x: 1.0 / x, "rounded": lambda x: x.bfloat16(),
             "unsigned": lambda x: x.long() & 0xFFFFFFFF,
             "as_multiplied": lambda x, dtype, lift: (x * lift).to(dtype).float() / lift,

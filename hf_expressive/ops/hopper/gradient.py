@@ -11,8 +11,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..problem import AttentionProblem
 from ..triton.launch import (
@@ -21,7 +19,7 @@ from ..triton.launch import (
     is_foldable,
     num_processors,
 )
-from .launch import tiles
+from .launch import pieces, tiles
 from .plan import FIELDS, ROWS, plan, reach
 from .tiled_backward import backward_kernel
 
@@ -167,8 +165,8 @@ def gradients(
         tiles(key, KEYS),
         tiles(value, KEYS),
         tiles(scaled, rows),
-        _pieces(delta, 1, rows),
-        _pieces(sums, 1, 128, 64),
+        pieces(delta, 1, rows),
+        pieces(sums, 1, 128, 64),
         tiles(grad_key, KEYS),
         tiles(grad_value, KEYS),
         spans,
@@ -204,9 +202,3 @@ def gradients(
         SIZE=size, ROWS=ROWS, FIELDS=FIELDS,
     )  # fmt: skip
     return grad_query, grad_key, grad_value
-
-
-def _pieces(tensor: Tensor, *block: int) -> TensorDescriptor:
-    """Descriptor of blocks of a contiguous float32 tensor."""
-    layout = gl.NVMMASharedLayout(128 if len(block) > 2 else 0, 32, len(block))
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layout)

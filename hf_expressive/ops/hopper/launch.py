@@ -63,7 +63,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     call = None if problem.key_bias is None else Call(problem)
     if call is not None:
         assert call.key_factor is not None
-        factors, levels = key_factors(call.key_factor), call.level
+        factors, levels = pieces(call.key_factor.flatten(0, 1), 1, KEYS), call.level
     half_precision = problem.query.dtype == torch.float16
     pair_bytes = num_keys * (size + value_size) * problem.key.element_size()
     band = min(max(1, _BAND_BYTES // pair_bytes) * problem.group, batch * heads)
@@ -110,11 +110,11 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     return out, log_normalizer
 
 
-def key_factors(factors: Tensor) -> TensorDescriptor:
-    """Descriptor of blocks of the rows of (B, K, N) float32 factors of the keys."""
-    rows, strides = addressable(factors.flatten(0, 1))
-    layout = gl.NVMMASharedLayout(0, 32, 2)
-    return TensorDescriptor(rows, list(rows.shape), [*strides, 1], [1, KEYS], layout)
+def pieces(tensor: Tensor, *block: int) -> TensorDescriptor:
+    """Descriptor of blocks of a float32 tensor."""
+    tensor, strides = addressable(tensor)
+    layout = gl.NVMMASharedLayout(128 if len(block) > 2 else 0, 32, len(block))
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], list(block), layout)
 
 
 def tiles(tensor: Tensor, rows: int) -> TensorDescriptor:

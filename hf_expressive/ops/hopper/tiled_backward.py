@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .plan import FIELDS, ROWS
-from .tiled_forward import _load, _store, reciprocal
+from .tiled_forward import _load, _store, number, reciprocal
 
 _FIELDS = gl.constexpr(FIELDS)
 _ROWS = gl.constexpr(ROWS)
@@ -187,7 +187,7 @@ def next_item(index_buffer, index_in, index_out, turn, WARPS: gl.constexpr):
     """What the producer has published for this turn."""
     slot = turn & 1
     mbarrier.wait(index_in.index(slot), (turn >> 1) & 1)
-    index = gl.max(index_buffer.index(slot).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+    index = number(index_buffer, slot, WARPS)
     mbarrier.arrive(index_out.index(slot), count=1)
     return index
 
@@ -344,8 +344,7 @@ def writer(sum_tiles, buffers, barriers, spans, table, turns, shape, QUERIES: gl
 @gluon.jit
 def code_of(code_buffer, step):
     """Twice the tile of queries, and one more if keys are hidden from some of them."""
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
-    return gl.max(code_buffer.index(step & 1).load(ONE), 0)
+    return number(code_buffer, step & 1, 8)
 
 
 @gluon.jit

@@ -151,9 +151,9 @@ def announce(buffer, slot, tile, batch, head, key_row, first, count):
 
 
 @gluon.jit
-def number(buffer, place):
-    """The number at a place of a buffer."""
-    return gl.max(buffer.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+def number(buffer, place, WARPS: gl.constexpr):
+    """The number at a place of a buffer, for a partition of so many warps."""
+    return gl.max(buffer.index(place).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
 
 
 @gluon.jit
@@ -162,12 +162,12 @@ def published(buffer, barriers, turn):
     queries_in, queries_out, step_in, step_out, index_in, index_out = barriers
     slot = turn & 1
     mbarrier.wait(index_in.index(slot), (turn >> 1) & 1)
-    tile = number(buffer, 8 * slot)
-    batch = number(buffer, 8 * slot + 1)
-    head = number(buffer, 8 * slot + 2)
-    key_row = number(buffer, 8 * slot + 3)
-    first = number(buffer, 8 * slot + 4)
-    count = number(buffer, 8 * slot + 5)
+    tile = number(buffer, 8 * slot, 4)
+    batch = number(buffer, 8 * slot + 1, 4)
+    head = number(buffer, 8 * slot + 2, 4)
+    key_row = number(buffer, 8 * slot + 3, 4)
+    first = number(buffer, 8 * slot + 4, 4)
+    count = number(buffer, 8 * slot + 5, 4)
     mbarrier.arrive(index_out.index(slot), count=1)
     return tile, batch, head, key_row, first, count
 
