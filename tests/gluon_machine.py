@@ -9,6 +9,7 @@ buffer released too early therefore ends in NaN, in a wrong number or in `Deadlo
 """
 
 from __future__ import annotations
+import __future__
 
 import random
 import re
@@ -425,6 +426,14 @@ class _Namespace:
         return values if len(values) > 1 else values[0]
 
 
+def _body(path: Path) -> str:
+    """The source of a kernel's file without its imports."""
+    source = path.read_text()
+    imports = re.search(r"^_[A-Z0-9_]+ = gl\.constexpr", source, re.MULTILINE)
+    assert imports is not None
+    return source[imports.start() :]
+
+
 def launcher(kernel: str, seed: int, change: Callable[[str], str] = lambda source: source) -> Any:
     """What takes the place of a kernel where it is launched.
 
@@ -436,10 +445,12 @@ def launcher(kernel: str, seed: int, change: Callable[[str], str] = lambda sourc
     from hf_expressive.ops.hopper.plan import FIELDS, ROWS
 
     path = FOLDER / f"tiled_{kernel.removesuffix('_kernel')}.py"
-    source = path.read_text()
-    imports = re.search(r"^_[A-Z0-9_]+ = gl\.constexpr", source, re.MULTILINE)
-    assert imports is not None
-    body = "from __future__ import annotations\n" + change(source[imports.start() :])
+    # The backward kernel takes some functions from the forward one's file.
+    body = (
+        change(_body(path))
+        if kernel == "forward_kernel"
+        else (_body(FOLDER / "tiled_forward.py") + change(_body(path)))
+    )
 
     class Launcher:
         def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
@@ -454,7 +465,10 @@ def launcher(kernel: str, seed: int, change: Callable[[str], str] = lambda sourc
                 for number in range(grid[0]):
                     program = _Namespace(machine, number, grid[0])
                     names = program.names() | {"FIELDS": FIELDS, "ROWS": ROWS}
-                    exec(compile(body, path, "exec"), names)
+                    exec(
+                        compile(body, path, "exec", flags=__future__.annotations.compiler_flag),
+                        names,
+                    )
                     names |= program.replacements()
                     machine.threads, machine.running = {0: lambda: True}, 0
                     names[kernel](*map(convert, arguments), **constants)

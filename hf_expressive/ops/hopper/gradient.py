@@ -20,7 +20,7 @@ from ..triton.launch import (
     num_processors,
 )
 from .launch import pieces, tiles
-from .plan import FIELDS, ROWS, plan, reach
+from .plan import FIELDS, ROWS, is_arithmetic, plan, reach
 from .tiled_backward import backward_kernel
 
 #: Keys of a tile of `backward_kernel`.
@@ -59,11 +59,11 @@ def span_kernel(tiles, spans, num_tiles, KEYS: tl.constexpr, FIELDS: tl.constexp
 
 @triton.jit(do_not_specialize=["heads", "num_queries"])
 def prepare_kernel(
-    out, grad_out, log_normalizer, delta, scaled, turns,
+    out, grad_out, log_normalizer, delta, scaled, turns, counter,
     heads, num_queries, grad_batch, grad_head, grad_query, grad_size, limit,
     SIZE: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """dout and δ divided by the normaliser, for a tile of queries; sets its counter to 0."""
+    """dout and δ divided by the normaliser, for a tile of queries; sets the counters to 0."""
     row = tl.program_id(0)
     batch = row // heads
     head = row % heads
@@ -86,6 +86,8 @@ def prepare_kernel(
     tl.store(scaled + place, gradient.to(scaled.dtype.element_ty), mask=inside)
     tl.store(delta + padded, product * inverse)
     tl.store(turns + row * tl.num_programs(1) + tl.program_id(1), 0)
+    if row + tl.program_id(1) == 0:
+        tl.store(counter, 0)
 
 
 @triton.jit(do_not_specialize=["heads", "num_queries", "patterns"])
@@ -98,14 +100,15 @@ def finish_kernel(
     `tiled_backward` wrote 64 × 64 elements at a time, in the order of its `store_part`.
     """
     row = tl.program_id(0)
-    pattern = tl.minimum(row // heads, patterns - 1)
-    entry = tiles + (pattern * tl.num_programs(1) + tl.program_id(1)) * FIELDS
-    seen = tl.load(entry) < tl.load(entry + 1)
     place = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (ROWS * SIZE)
     total = tl.load(sums + place + tl.arange(0, ROWS * SIZE))
     total = total.reshape(ROWS // 64, SIZE // 64, 4, 4, 4, 2, 2, 4, 2, 2)
     total = total.permute(0, 3, 8, 4, 6, 1, 5, 2, 7, 9).reshape(ROWS, SIZE)
-    total = tl.where(seen, total * final, 0.0)
+    total = total * final
+    if tiles is not None:
+        pattern = tl.minimum(row // heads, patterns - 1)
+        entry = tiles + (pattern * tl.num_programs(1) + tl.program_id(1)) * FIELDS
+        total = tl.where(tl.load(entry) < tl.load(entry + 1), total, 0.0)
     query = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     size = tl.arange(0, SIZE)
     place = (row.to(tl.int64) * num_queries + query)[:, None] * SIZE + size[None, :]
@@ -119,10 +122,10 @@ def gradients(
     problem: AttentionProblem, out: Tensor, log_normalizer: Tensor, grad_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, in their shapes; arguments as of `ops.triton.backward`."""
-    query, key, value, ranges = problem.query, problem.key, problem.value, problem.ranges
+    query, key, value = problem.query, problem.key, problem.value
     batch, heads, num_queries, size = query.shape
     key_heads, num_keys = key.shape[1:3]
-    tables = plan(problem)
+    count = ceil_div(num_queries, ROWS)
     # 64 queries a step, or twice as many where they are half as wide.
     rows = 64 * (128 // size)
     parts = ROWS // rows
@@ -136,30 +139,35 @@ def gradients(
     elif problem.gain is None:
         final *= problem.scale
     key_tiles = ceil_div(num_keys, KEYS)
-    spans = tables.tiles.new_empty(tables.patterns, key_tiles, 3)
-    span_kernel[(key_tiles, tables.patterns)](
-        tables.tiles, spans, tables.count, KEYS=KEYS, FIELDS=FIELDS, num_warps=4
-    )
-
     new = query.new_empty
-    width = tables.count * ROWS
+    spans = seen = starts = ends = None
+    patterns = 1
+    if not is_arithmetic(problem):
+        tables = plan(problem)
+        patterns, seen = tables.patterns, tables.tiles
+        starts, ends = tables.rows
+        spans = new(patterns, key_tiles, 3, dtype=torch.int32)
+        span_kernel[(key_tiles, patterns)](
+            seen, spans, count, KEYS=KEYS, FIELDS=FIELDS, num_warps=4
+        )
+
+    width = count * ROWS
     delta = new(batch * heads, width, dtype=torch.float32)
     scaled = torch.empty_like(out)
-    turns = new(batch * heads, tables.count * parts, dtype=torch.int32)
-    prepare_kernel[(batch * heads, tables.count * parts)](
-        out, grad_out, log_normalizer.contiguous(), delta, scaled, turns,
+    turns = new(batch * heads, count * parts, dtype=torch.int32)
+    counter = new(1, dtype=torch.int32)
+    prepare_kernel[(batch * heads, count * parts)](
+        out, grad_out, log_normalizer.contiguous(), delta, scaled, turns, counter,
         heads, num_queries, *grad_out.stride(), _LARGEST_LOGARITHM,
         SIZE=size, QUERIES=rows,
     )  # fmt: skip
     # Whole tiles, because their elements are in an order of their own: 128 × 64 for each step.
-    sums = new(batch * heads, tables.count * parts * 128, 64, dtype=torch.float32)
+    sums = new(batch * heads, count * parts * 128, 64, dtype=torch.float32)
     grad_key = new(batch, key_heads, num_keys, size)
     grad_value = new(batch, key_heads, num_keys, size)
     row_bytes = size * (2 * query.element_size() + 4)
     band = max(1, _BAND_BYTES // (problem.group * num_queries * row_bytes))
     band = min(band, batch * key_heads)
-    starts, ends = (tables.rows[0], tables.rows[1]) if ranges is not None else (None, None)
-    left, right = reach(problem)
     backward_kernel[(min(num_processors(problem), key_tiles * batch * key_heads),)](
         tiles(query, rows),
         tiles(key, KEYS),
@@ -170,8 +178,8 @@ def gradients(
         tiles(grad_key, KEYS),
         tiles(grad_value, KEYS),
         spans,
-        tables.tiles,
-        tables.counter,
+        seen,
+        counter,
         turns,
         contiguous_float(problem.gain),
         starts,
@@ -184,11 +192,10 @@ def gradients(
         band,
         key_heads,
         problem.group,
-        tables.patterns,
-        tables.count,
+        patterns,
+        count,
         num_keys - num_queries,
-        left,
-        right,
+        *reach(problem),
         num_keys,
         STAGES=3,
         POWER=power,
@@ -197,8 +204,8 @@ def gradients(
         num_warps=8,
     )
     grad_query = torch.empty_like(out)
-    finish_kernel[(batch * heads, tables.count)](
-        sums, tables.tiles, grad_query, final, heads, num_queries, tables.patterns,
+    finish_kernel[(batch * heads, count)](
+        sums, seen, grad_query, final, heads, num_queries, patterns,
         SIZE=size, ROWS=ROWS, FIELDS=FIELDS,
     )  # fmt: skip
     return grad_query, grad_key, grad_value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,13 +15,14 @@ from ..triton import tiled_forward as portable
 from ..triton.launch import (
     Call,
     addressable,
+    ceil_div,
     contiguous_float,
     element_strides,
     is_foldable,
     num_processors,
     shown_keys,
 )
-from .plan import ROWS, fill_empty, plan
+from .plan import ROWS, fill_empty, is_arithmetic, plan, reach
 from .tiled_forward import forward_kernel
 
 # Keys of a block, and the size of a half of the queries: what one matrix instruction spans.
@@ -49,7 +51,8 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     num_keys, value_size = problem.value.shape[2:]
     out = problem.query.new_empty(batch, heads, num_queries, value_size)
     log_normalizer = out.new_empty(batch, heads, num_queries, dtype=torch.float32)
-    tables = plan(problem)
+    tables = None if is_arithmetic(problem) else plan(problem)
+    count = ceil_div(num_queries, ROWS)
     keys = shown_keys(problem)
     gain, sinks, response = problem.gain, problem.sinks, problem.response
     foldable = is_foldable(problem)
@@ -67,8 +70,9 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     half_precision = problem.query.dtype == torch.float16
     pair_bytes = num_keys * (size + value_size) * problem.key.element_size()
     band = min(max(1, _BAND_BYTES // pair_bytes) * problem.group, batch * heads)
-    fill_empty(tables, problem, out, log_normalizer)
-    programs = min(num_processors(problem), tables.count * batch * heads)
+    if tables is not None:
+        fill_empty(tables, out, log_normalizer)
+    programs = min(num_processors(problem), count * batch * heads)
     forward_kernel[(programs,)](
         tiles(problem.query, HALF),
         tiles(problem.key, KEYS),
@@ -76,9 +80,9 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         factors,
         tiles(out, HALF),
         log_normalizer,
-        tables.tiles,
-        tables.rows,
-        tables.counter,
+        None if tables is None else tables.tiles,
+        None if tables is None else tables.rows,
+        out.new_zeros(1, dtype=torch.int32),
         contiguous_float(gain),
         sinks,
         keys,
@@ -88,13 +92,16 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         epsilon,
         *element_strides(sinks, 3),
         *element_strides(keys, 1),
-        tables.count,
+        count,
         batch * heads,
         band,
         heads,
         problem.group,
-        tables.patterns,
+        1 if tables is None else tables.patterns,
         num_queries,
+        num_keys - num_queries,
+        *reach(problem),
+        num_keys,
         HALF=HALF,
         KEYS=KEYS,
         STAGES=STAGES[size, value_size],
@@ -113,7 +120,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 def pieces(tensor: Tensor, *block: int) -> TensorDescriptor:
     """Descriptor of blocks of a float32 tensor."""
     tensor, strides = addressable(tensor)
-    layout = gl.NVMMASharedLayout(128 if len(block) > 2 else 0, 32, len(block))
+    layout = _pieces_layout(len(block))
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], list(block), layout)
 
 
@@ -121,5 +128,16 @@ def tiles(tensor: Tensor, rows: int) -> TensorDescriptor:
     """Descriptor of tiles of a (B, heads, length, size) tensor, `rows` by the whole size."""
     tensor, strides = addressable(tensor)
     block = [1, 1, rows, tensor.shape[-1]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[tensor.dtype])
+    layout = _tiles_layout(rows, tensor.shape[-1], tensor.dtype)
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block, layout)
+
+
+# Gluon takes longer to make a layout than to make its descriptor.
+@cache
+def _pieces_layout(dimensions: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(128 if dimensions > 2 else 0, 32, dimensions)
+
+
+@cache
+def _tiles_layout(rows: int, size: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, size], _DTYPES[dtype])

@@ -1,7 +1,7 @@
 """Which keys each tile of queries sees, worked out on the device before the kernel proper starts.
 
 One small launch turns causality, sliding window and `KeyRanges` into the same two tables, so that the
-attention kernel knows a single form of visibility. It also sets the counter that hands out the tiles.
+attention kernels look up what is visible. A call without `KeyRanges` needs none: they compute it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,11 @@ class Plan:
             queries past the last one repeat its bounds.
         tiles: int32, (R, tiles, `FIELDS`): first visible key of any query of the tile, one past the last
             one, and for both halves [start, end) of the keys that all of its queries see.
-        counter: int32, (1,), zero.
         count: tiles of one head.
     """
 
     rows: Tensor
     tiles: Tensor
-    counter: Tensor
     count: int
 
     @property
@@ -50,7 +48,6 @@ def plan_kernel(
     end,
     rows,
     tiles,
-    counter,
     num_queries,
     num_keys,
     left,
@@ -81,8 +78,6 @@ def plan_kernel(
     both = tl.arange(0, 2)
     tl.store(entry + 2 + 2 * both, tl.max(first, 1))
     tl.store(entry + 3 + 2 * both, tl.min(last, 1))
-    if tile + pattern == 0:
-        tl.store(counter, 0)
 
 
 @triton.jit(do_not_specialize=["heads", "num_queries", "patterns"])
@@ -119,6 +114,11 @@ def reach(problem: AttentionProblem) -> tuple[int, int]:
     return left, 1 if problem.is_causal else left
 
 
+def is_arithmetic(problem: AttentionProblem) -> bool:
+    """Whether what is visible follows from positions alone, and every query sees a key."""
+    return problem.ranges is None and problem.query.shape[2] <= problem.key.shape[2]
+
+
 def plan(problem: AttentionProblem) -> Plan:
     """The tables of a problem."""
     num_queries, num_keys = problem.query.shape[2], problem.key.shape[2]
@@ -132,14 +132,12 @@ def plan(problem: AttentionProblem) -> Plan:
     new = problem.query.new_empty
     rows = new(2, patterns, count * ROWS, dtype=torch.int32)
     tiles = new(patterns, count, FIELDS, dtype=torch.int32)
-    counter = new(1, dtype=torch.int32)
     left, right = reach(problem)
     plan_kernel[(count, patterns)](
         start,
         end,
         rows,
         tiles,
-        counter,
         num_queries,
         num_keys,
         left,
@@ -148,12 +146,10 @@ def plan(problem: AttentionProblem) -> Plan:
         FIELDS=FIELDS,
         num_warps=1,
     )
-    return Plan(rows, tiles, counter, count)
+    return Plan(rows, tiles, count)
 
 
-def fill_empty(
-    tables: Plan, problem: AttentionProblem, out: Tensor, log_normalizer: Tensor
-) -> None:
+def fill_empty(tables: Plan, out: Tensor, log_normalizer: Tensor) -> None:
     """Writes the rows of the tiles of queries that see nothing: 0, and −inf.
 
     Args:
@@ -161,8 +157,6 @@ def fill_empty(
         log_normalizer: (B, H, Q), contiguous.
     """
     batch, heads, num_queries, value_size = out.shape
-    if problem.ranges is None and num_queries <= problem.key.shape[2]:
-        return  # the aligned diagonal passes through a key of every query
     empty_kernel[(batch * heads, tables.count)](
         tables.tiles,
         out,

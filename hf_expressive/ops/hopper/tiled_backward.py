@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .plan import FIELDS, ROWS
-from .tiled_forward import _load, _store, number, reciprocal
+from .tiled_forward import _load, _store, band_of, number, reciprocal
 
 _FIELDS = gl.constexpr(FIELDS)
 _ROWS = gl.constexpr(ROWS)
@@ -136,15 +136,13 @@ def weight_and_slope(
 def bounds_of(query, item, tensors, limits):
     """[start, end) of the keys that queries see."""
     gain, starts, ends = tensors
-    offset, left, right, num_keys = limits
     first_key, bounds, first_head = item
     if starts is None:
-        start = query + (offset + 1 - left)
-        end = query + (offset + right)
+        start, end = band_of(query, limits)
     else:
         start = gl.load(starts + bounds + query)
         end = gl.load(ends + bounds + query)
-    return gl.maximum(start, 0), gl.minimum(end, num_keys)
+    return start, end
 
 
 @gluon.jit
@@ -175,11 +173,64 @@ def place(index, shape):
 
 
 @gluon.jit
-def span_of(tile, row, shape, spans):
+def span_of(tile, row, shape, spans, limits):
     """(first plan tile, one past the last, how many) of those that see some of the keys."""
     tiles, rows, band, key_heads, group, patterns, query_tiles_count = shape
-    entry = spans + (gl.minimum(row // key_heads, patterns - 1) * tiles + tile) * 3
-    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2)
+    if spans is None:
+        offset, left, right, num_keys = limits
+        start = tile * _KEYS
+        first = gl.maximum(start - (offset + right - 1), 0) // _ROWS
+        last = gl.minimum(start + (_KEYS - 1 + left - 1 - offset), num_keys - offset - 1)
+        count = gl.where(last >= 0, gl.maximum(last // _ROWS + 1 - first, 0), 0)
+        first = gl.where(count > 0, first, 0)
+        last = gl.maximum(first + count, 1)
+    else:
+        entry = spans + (gl.minimum(row // key_heads, patterns - 1) * tiles + tile) * 3
+        first = gl.load(entry)
+        last = gl.load(entry + 1)
+        count = gl.load(entry + 2)
+    return first, last, count
+
+
+@gluon.jit
+def seen_of(tile, entries, limits):
+    """[first, one past the last) of the keys that any query of a plan tile sees."""
+    if entries is None:
+        offset, left, right, num_keys = limits
+        last = gl.minimum(tile * _ROWS + _ROWS, num_keys - offset) - 1
+        low = band_of(tile * _ROWS, limits)[0]
+        high = band_of(last, limits)[1]
+    else:
+        low = gl.load(entries + tile * _FIELDS)
+        high = gl.load(entries + tile * _FIELDS + 1)
+    return low, high
+
+
+@gluon.jit
+def common_of(i, entries, limits, QUERIES: gl.constexpr):
+    """[first, one past the last) of the keys that all queries of a step see."""
+    if entries is None:
+        start = band_of(i * QUERIES + QUERIES - 1, limits)[0]
+        end = band_of(i * QUERIES, limits)[1]
+    else:
+        PER: gl.constexpr = _ROWS // QUERIES
+        entry = entries + i // PER * _FIELDS + i % PER * (4 // PER)
+        start = gl.load(entry + 2)
+        end = gl.load(entry + 3)
+        if PER == 1:
+            start = gl.maximum(start, gl.load(entry + 4))
+            end = gl.minimum(end, gl.load(entry + 5))
+    return start, end
+
+
+@gluon.jit
+def entries_of(batch, table, shape):
+    """The plan's numbers for the tiles of a sequence, or `None` where it needs none."""
+    tiles, rows, band, key_heads, group, patterns, query_tiles_count = shape
+    entries = table
+    if table is not None:
+        entries = table + gl.minimum(batch, patterns - 1) * query_tiles_count * _FIELDS
+    return entries
 
 
 @gluon.jit
@@ -194,7 +245,7 @@ def next_item(index_buffer, index_in, index_out, turn, WARPS: gl.constexpr):
 
 @gluon.jit
 def producer(
-    descriptors, buffers, barriers, spans, table, counter, shape,
+    descriptors, buffers, barriers, spans, table, counter, shape, limits,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     query_tiles, key_tiles, value_tiles, grad_tiles, delta_tiles = descriptors
@@ -224,9 +275,9 @@ def producer(
             tile, row, rising = place(index, shape)
             batch = row // key_heads
             key_head = row % key_heads
-            first, last, count = span_of(tile, row, shape, spans)
+            first, last, count = span_of(tile, row, shape, spans, limits)
             key_start = tile * _KEYS
-            entries = table + gl.minimum(batch, patterns - 1) * query_tiles_count * _FIELDS
+            entries = entries_of(batch, table, shape)
             mbarrier.wait(keys_out, (turn & 1) ^ 1)
             mbarrier.expect(keys_in, 2 * key_tiles.block_type.nbytes)
             at = [batch, key_head, tile * _KEYS, 0]
@@ -236,15 +287,8 @@ def producer(
                 head = key_head * group + member
                 for n in range(first * PER, last * PER):
                     i = gl.where(rising, (first + last) * PER - 1 - n, n)
-                    entry = entries + i // PER * _FIELDS
-                    low = gl.load(entry)
-                    high = gl.load(entry + 1)
-                    part = i % PER * (4 // PER)
-                    inner_start = gl.load(entry + 2 + part * 1)
-                    inner_end = gl.load(entry + 3 + part * 1)
-                    if PER == 1:
-                        inner_start = gl.maximum(inner_start, gl.load(entry + 4))
-                        inner_end = gl.minimum(inner_end, gl.load(entry + 5))
+                    low, high = seen_of(i // PER, entries, limits)
+                    inner_start, inner_end = common_of(i, entries, limits, QUERIES)
                     touched = (low < key_start + _KEYS) & (high > key_start)
                     if touched | (count == 0):
                         stage = step % STAGES
@@ -274,7 +318,7 @@ def producer(
 
 
 @gluon.jit
-def writer(sum_tiles, buffers, barriers, spans, table, turns, shape, QUERIES: gl.constexpr):
+def writer(sum_tiles, buffers, barriers, spans, table, turns, shape, limits, QUERIES: gl.constexpr):
     (
         query_buffer, key_buffer, value_buffer, grad_buffer, delta_buffer, index_buffer,
         code_buffer, slope_buffer, sum_buffer,
@@ -292,16 +336,15 @@ def writer(sum_tiles, buffers, barriers, spans, table, turns, shape, QUERIES: gl
     while index < total:
         tile, row, rising = place(index, shape)
         batch = row // key_heads
-        first, last, count = span_of(tile, row, shape, spans)
+        first, last, count = span_of(tile, row, shape, spans, limits)
         key_start = tile * _KEYS
-        entries = table + gl.minimum(batch, patterns - 1) * query_tiles_count * _FIELDS
+        entries = entries_of(batch, table, shape)
         for member in range(group):
             head = row % key_heads * group + member
             flat_head = batch * key_heads * group + head
             own_turns = turns + flat_head * query_tiles_count * PER
             start = gl.where(rising, last - 1, first)
-            low = gl.load(entries + start * _FIELDS)
-            high = gl.load(entries + start * _FIELDS + 1)
+            low, high = seen_of(start, entries, limits)
             arrived = arrivals(own_turns + gl.where(rising, last * PER - 1, first * PER))
             # The tile whose part is on its way, not known to have arrived.
             sent = -1
@@ -332,8 +375,7 @@ def writer(sum_tiles, buffers, barriers, spans, table, turns, shape, QUERIES: gl
                     step += 1
                 following = gl.minimum(n + 1, last * PER - 1)
                 following = gl.where(rising, (first + last) * PER - 1 - following, following)
-                low = gl.load(entries + following // PER * _FIELDS)
-                high = gl.load(entries + following // PER * _FIELDS + 1)
+                low, high = seen_of(following // PER, entries, limits)
                 arrived = arrivals(own_turns + following)
             if sent >= 0:
                 publish(own_turns + sent, "0")
@@ -491,7 +533,7 @@ def consumer(
         tile, row, rising = place(index, shape)
         batch = row // key_heads
         pattern = gl.minimum(batch, patterns - 1)
-        each = gl.maximum(span_of(tile, row, shape, spans)[2], 1) * PER
+        each = gl.maximum(span_of(tile, row, shape, spans, limits)[2], 1) * PER
         item = (tile * _KEYS, pattern * (query_tiles_count * _ROWS), row % key_heads * group)
         nothing_yet = gl.zeros([_KEYS, SIZE], gl.float32, SUM)
         key_sum = nothing_yet
@@ -636,8 +678,9 @@ def backward_kernel(
         [
             (consumer, (out_tiles, buffers, barriers, spans, terms, tensors, limits, shape,
                         STAGES, POWER, FOLDED, SINGLE)),
-            (producer, (descriptors, buffers, barriers, spans, table, counter, shape, STAGES)),
-            (writer, (sum_tiles, buffers, barriers, spans, table, turns, shape, QUERIES)),
+            (producer, (descriptors, buffers, barriers, spans, table, counter, shape, limits,
+                        STAGES)),
+            (writer, (sum_tiles, buffers, barriers, spans, table, turns, shape, limits, QUERIES)),
         ],
         [1, 1],
         [24, 24],

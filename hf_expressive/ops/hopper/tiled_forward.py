@@ -117,7 +117,15 @@ def entry_of(tile, batch, shape, table):
 
 
 @gluon.jit
-def item(index, shape, table, KEYS: gl.constexpr):
+def band_of(query, limits):
+    """[start, end) of the keys that queries see by causality and sliding window."""
+    offset, left, right, num_keys = limits
+    start = gl.maximum(query + (offset + 1 - left), 0)
+    return start, gl.minimum(query + (offset + right), num_keys)
+
+
+@gluon.jit
+def item(index, shape, table, limits, ROWS: gl.constexpr, KEYS: gl.constexpr):
     """(tile, batch, head, row of B · K, first block, number of blocks of keys) of a work item.
 
     A number of 0 or less: the tile sees nothing, and `plan.fill_empty` has written its rows.
@@ -126,10 +134,15 @@ def item(index, shape, table, KEYS: gl.constexpr):
     tile, row = place(gl.minimum(index, tiles * rows - 1), shape)
     batch = row // heads
     head = row - batch * heads
-    entry = entry_of(tile, batch, shape, table)
-    first = gl.load(entry) // KEYS
-    count = gl.cdiv(gl.load(entry + 1), KEYS) - first
-    return tile, batch, head, row // group, first, count
+    if table is None:
+        start = band_of(tile * ROWS, limits)[0]
+        end = band_of(gl.minimum(tile * ROWS + ROWS, num_queries) - 1, limits)[1]
+    else:
+        entry = entry_of(tile, batch, shape, table)
+        start = gl.load(entry)
+        end = gl.load(entry + 1)
+    first = start // KEYS
+    return tile, batch, head, row // group, first, gl.cdiv(end, KEYS) - first
 
 
 @gluon.jit
@@ -174,25 +187,32 @@ def published(buffer, barriers, turn):
 
 @gluon.jit
 def visibility(
-    tile, batch, shape, table, bounds,
+    tile, batch, shape, tables, limits,
     half: gl.constexpr, HALF: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """What half a tile sees: [start, end) of what all of its queries see, and of each."""
+    table, bounds = tables
     tiles, rows, band, heads, group, patterns, num_queries = shape
     tile = gl.maximum(tile, 0)
-    entry = entry_of(tile, batch, shape, table)
-    inner_start = gl.load(entry + 2 + 2 * half)
-    inner_end = gl.load(entry + 3 + 2 * half)
-    query = tile * (2 * HALF) + half * HALF + gl.arange(0, HALF, LAYOUT)
-    pattern = gl.minimum(batch, patterns - 1)
-    start = gl.load(bounds + pattern * (tiles * 2 * HALF) + query)
-    end = gl.load(bounds + (patterns + pattern) * (tiles * 2 * HALF) + query)
+    first = tile * (2 * HALF) + half * HALF
+    query = first + gl.arange(0, HALF, LAYOUT)
+    if table is None:
+        start, end = band_of(query, limits)
+        inner_start = band_of(first + HALF - 1, limits)[0]
+        inner_end = band_of(first, limits)[1]
+    else:
+        entry = entry_of(tile, batch, shape, table)
+        inner_start = gl.load(entry + 2 + 2 * half)
+        inner_end = gl.load(entry + 3 + 2 * half)
+        pattern = gl.minimum(batch, patterns - 1)
+        start = gl.load(bounds + pattern * (tiles * 2 * HALF) + query)
+        end = gl.load(bounds + (patterns + pattern) * (tiles * 2 * HALF) + query)
     return inner_start, inner_end, start, end
 
 
 @gluon.jit
 def producer(
-    descriptors, buffers, barriers, table, counter, shape,
+    descriptors, buffers, barriers, table, counter, shape, limits,
     HALF: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     query_tiles, key_tiles, value_tiles, factor_tiles = descriptors
@@ -208,10 +228,10 @@ def producer(
     turn = 0
     values_batch, values_head, values_start = 0, 0, 0
     index = gl.program_id(0)
-    tile, batch, head, key_row, first, count = item(index, shape, table, KEYS)
+    tile, batch, head, key_row, first, count = item(index, shape, table, limits, 2 * HALF, KEYS)
     while (count <= 0) & (index < total):
         index = following_item(counter)
-        tile, batch, head, key_row, first, count = item(index, shape, table, KEYS)
+        tile, batch, head, key_row, first, count = item(index, shape, table, limits, 2 * HALF, KEYS)
     announce(index_buffer, 0, gl.where(index < total, tile, -1), batch, head, key_row, first, count)
     mbarrier.arrive(index_in.index(0), count=1)
     while index < total:
@@ -245,10 +265,12 @@ def producer(
                 _load(factor_tiles, [key_row, start], ready, factor_buffer.index(stage))
             values_batch, values_head, values_start = batch, key_head, start
             step += 1
-        tile, batch, head, key_row, first, count = item(index, shape, table, KEYS)
+        tile, batch, head, key_row, first, count = item(index, shape, table, limits, 2 * HALF, KEYS)
         while (count <= 0) & (index < total):
             index = following_item(counter)
-            tile, batch, head, key_row, first, count = item(index, shape, table, KEYS)
+            tile, batch, head, key_row, first, count = item(
+                index, shape, table, limits, 2 * HALF, KEYS
+            )
         turn += 1
         slot = turn & 1
         mbarrier.wait(index_out.index(slot), ((turn >> 1) & 1) ^ 1)
@@ -287,13 +309,12 @@ def hide(tile, start, end, begin, keys, KEYS: gl.constexpr, LAYOUT: gl.constexpr
 
 @gluon.jit
 def consumer(
-    half: gl.constexpr, out_tiles, buffers, barriers, tables, terms, log_normalizer, shape,
+    half: gl.constexpr, out_tiles, buffers, barriers, tables, terms, log_normalizer, shape, limits,
     HALF: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, POWER: gl.constexpr,
     FOLDED: gl.constexpr, LIFT: gl.constexpr,
 ):  # fmt: skip
     query_buffer, key_buffer, value_buffer, factor_buffer, index_buffer, out_buffer = buffers
     queries_in, queries_out, step_in, step_out, index_in, index_out = barriers
-    table, bounds = tables
     (
         scale, gain, sinks, sinks_batch, sinks_head, sinks_query, keys, keys_batch,
         levels, common_level, epsilon,
@@ -312,7 +333,7 @@ def consumer(
     turn = 0
     tile, batch, head, key_row, first, count = published(index_buffer, barriers, turn)
     inner_start, inner_end, start, end = visibility(
-        tile, batch, shape, table, bounds, half, HALF, ROW
+        tile, batch, shape, tables, limits, half, HALF, ROW
     )
     mbarrier.wait(queries_in.index(half), 0, pred=tile >= 0)
     mbarrier.wait(step_in.index(0), 0, pred=tile >= 0)
@@ -430,7 +451,7 @@ def consumer(
         )  # fmt: skip
         # What the next tile sees is fetched while this one is finished.
         inner_start, inner_end, start, end = visibility(
-            next_tile, next_batch, shape, table, bounds, half, HALF, ROW
+            next_tile, next_batch, shape, tables, limits, half, HALF, ROW
         )
         out = warpgroup_mma_wait(1, deps=[out])
         rounding = gl.convert_layout(gl.sum(rounding, 1), ROW)
@@ -471,13 +492,18 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["tiles", "rows", "band", "heads", "group", "patterns", "num_queries"])
+@gluon.jit(
+    do_not_specialize=[
+        "tiles", "rows", "band", "heads", "group", "patterns", "num_queries",
+        "offset", "left", "right", "num_keys",
+    ]
+)  # fmt: skip
 def forward_kernel(
     query_tiles, key_tiles, value_tiles, factor_tiles, out_tiles, log_normalizer,
     table, bounds, counter,
     gain, sinks, keys, levels,
     scale, common_level, epsilon, sinks_batch, sinks_head, sinks_query, keys_batch,
-    tiles, rows, band, heads, group, patterns, num_queries,
+    tiles, rows, band, heads, group, patterns, num_queries, offset, left, right, num_keys,
     HALF: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, POWER: gl.constexpr,
     FOLDED: gl.constexpr, LIFT: gl.constexpr,
 ):  # fmt: skip
@@ -530,13 +556,15 @@ def forward_kernel(
     )  # fmt: skip
     shape = (tiles, rows, band, heads, group, patterns, num_queries)
     tables = (table, bounds)
+    limits = (offset, left, right, num_keys)
     gl.warp_specialize(
         [
             (consumer, (0, out_tiles, buffers, barriers, tables, terms, log_normalizer, shape,
-                        HALF, KEYS, STAGES, POWER, FOLDED, LIFT)),
+                        limits, HALF, KEYS, STAGES, POWER, FOLDED, LIFT)),
             (consumer, (1, out_tiles, buffers, barriers, tables, terms, log_normalizer, shape,
-                        HALF, KEYS, STAGES, POWER, FOLDED, LIFT)),
-            (producer, (descriptors, buffers, barriers, table, counter, shape, HALF, KEYS, STAGES)),
+                        limits, HALF, KEYS, STAGES, POWER, FOLDED, LIFT)),
+            (producer, (descriptors, buffers, barriers, table, counter, shape, limits,
+                        HALF, KEYS, STAGES)),
         ],
         [4, 1],
         [240, 24],
