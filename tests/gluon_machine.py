@@ -411,7 +411,7 @@ class _Namespace:
         assert is_async
         self.machine.switch()
         queue = self.products.setdefault(self.machine.running, [])
-        start = start if use_acc else 0.0 * start if isinstance(start, Tensor) else 0.0
+        start = start if use_acc else 0.0
         product = Product(left, right, start, queue)
         self.machine.pending.append(product)
         return product

@@ -71,7 +71,10 @@ def test_programs_share_the_tiles_in_any_order_of_events(
     ("old", "new"),
     [
         # values used before they have come
-        ("mbarrier.wait(step_in.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1)", "pass"),
+        (
+            "mbarrier.wait(step_in.index(step % STAGES), (step // STAGES) & 1, pred=tile >= 0)",
+            "pass",
+        ),
         # keys and values released while they are multiplied
         (
             "            out = warpgroup_mma_wait(0, deps=[out])\n"
@@ -79,8 +82,10 @@ def test_programs_share_the_tiles_in_any_order_of_events(
             "            mbarrier.arrive(step_out.index(stage), count=1)\n"
             "            out = warpgroup_mma_wait(0, deps=[out])\n",
         ),
-        # queries overwritten while they are multiplied, or the output that lies in their place
+        # queries overwritten while they are multiplied
         ("mbarrier.wait(queries_out.index(2 * slot + half), ((turn >> 1) & 1) ^ 1)", "pass"),
+        # an output overwritten on its way to memory
+        ("    tma.store_wait(0)\n    staging", "    staging"),
         # the next tile's queries in the place of this one's
         ("index_in.index(slot), (turn >> 1) & 1)", "index_in.index(slot), (turn >> 1) & 1 ^ 1)"),
     ],

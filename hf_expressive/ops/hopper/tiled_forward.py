@@ -9,10 +9,10 @@ Each consumer holds 64 of the queries and takes one step a block of keys:
     weights of the next block              on the arithmetic units, while the products run
 
 Weights need no running maximum, so nothing that was accumulated is ever rescaled. Steps run on across
-the end of a tile: its last values share a step with the first keys of the next tile. A stage of the
-ring buffer therefore holds the pair that one step needs: the values of a block and the keys of the
-block after it, with their factors where there are any (`launch.key_factors`). The tile's output leaves
-through the shared memory of its own queries, or through one of its own where sizes differ.
+the end of a tile: its last values share a step with the first keys of the next tile, and what they
+summed up is finished while the keys after those are multiplied. A stage of the ring buffer therefore
+holds the pair that one step needs: the values of a block and the keys of the block after it, with their
+factors where there are any.
 """
 
 # ruff: noqa: RUF059 - the tuples that hold a kernel's state are unpacked whole, by name
@@ -308,6 +308,123 @@ def hide(tile, start, end, begin, keys, KEYS: gl.constexpr, LAYOUT: gl.constexpr
 
 
 @gluon.jit
+def constants_of(head, key_row, terms, POWER: gl.constexpr, FOLDED: gl.constexpr):
+    """(factor, inverse, base) of a head: arguments of `weights_of`, and the logarithm of what all of
+    its weights lack, with which a sink is compared."""
+    (
+        scale, gain, sinks, sinks_batch, sinks_head, sinks_query, keys, keys_batch,
+        levels, common_level, epsilon,
+    ) = terms  # fmt: skip
+    factor = scale
+    if gain is not None:
+        factor = factor * gl.load(gain + head)
+    inverse = 1.0
+    if POWER == 0:
+        inverse = epsilon
+    elif FOLDED:
+        inverse = 1.0 / (factor * factor)
+        if POWER == 2:
+            inverse = inverse * inverse
+    base = common_level
+    if levels is not None:
+        base = base + gl.load(levels + key_row)
+    return factor, inverse, base
+
+
+@gluon.jit
+def weigh(
+    score, factors, begin, batch, seen, constants, sums, terms, SCORE: gl.constexpr,
+    DTYPE: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr, LIFT: gl.constexpr,
+):  # fmt: skip
+    """Weights of the block that starts at key `begin`, and the row sums with them added.
+
+    Rows that may see few keys are summed from rounded weights, so that the output of a single key is its
+    value exactly; `rounding` is what that changes, because the log normaliser is that of the exact sum.
+    """
+    inner_start, inner_end, start, end = seen
+    factor, inverse, base = constants
+    total, rounding = sums
+    (
+        scale, gain, sinks, sinks_batch, sinks_head, sinks_query, keys, keys_batch,
+        levels, common_level, epsilon,
+    ) = terms  # fmt: skip
+    HALF: gl.constexpr = score.shape[0]
+    KEYS: gl.constexpr = score.shape[1]
+    KEYED: gl.constexpr = levels is not None
+    partial = (begin < inner_start) | (begin + KEYS > inner_end)
+    few = inner_end - inner_start < KEYS
+    row_keys = keys
+    if keys is not None:
+        partial = begin >= 0
+        few = partial
+        row_keys = keys + batch.to(gl.int64) * keys_batch
+    if partial:
+        if POWER > 0:  # the weight of score 0 is 0
+            score = hide(score, start, end, begin, row_keys, KEYS, SCORE)
+        weight = weights_of(score, factor, inverse, factors, POWER, FOLDED, KEYED)
+        if POWER == 0:
+            weight = hide(weight, start, end, begin, row_keys, KEYS, SCORE)
+        if few:
+            exact = lane_sums(weight, HALF, KEYS)
+            weight = as_multiplied(weight, DTYPE, LIFT)
+            rounding = rounding + (lane_sums(weight, HALF, KEYS) - exact)
+    else:
+        weight = weights_of(score, factor, inverse, factors, POWER, FOLDED, KEYED)
+    return weight, total + lane_sums(weight, HALF, KEYS), rounding
+
+
+@gluon.jit
+def finish(
+    out, work, base, sums, staging, out_tiles, log_normalizer, terms, shape,
+    half: gl.constexpr, ROW: gl.constexpr, OUT: gl.constexpr, LIFT: gl.constexpr,
+):  # fmt: skip
+    """Normalises half a tile's output and starts its way to memory through `staging`."""
+    tile, batch, head = work
+    total, rounding = sums
+    (
+        scale, gain, sinks, sinks_batch, sinks_head, sinks_query, keys, keys_batch,
+        levels, common_level, epsilon,
+    ) = terms  # fmt: skip
+    tiles, rows, band, heads, group, patterns, num_queries = shape
+    HALF: gl.constexpr = out.shape[0]
+    rounding = gl.convert_layout(gl.sum(rounding, 1), ROW)
+    total = gl.convert_layout(gl.sum(total, 1), ROW)
+    first = tile * (2 * HALF) + half * HALF
+    query = first + gl.arange(0, HALF, ROW)
+    level = total * 0.0 + base
+    normalise = 1.0 / LIFT
+    if sinks is not None:
+        sink = gl.load(
+            sinks + batch.to(gl.int64) * sinks_batch + head.to(gl.int64) * sinks_head
+            + query.to(gl.int64) * sinks_query,
+            mask=query < num_queries, other=float("-inf"),
+        ).to(gl.float32)  # fmt: skip
+        level = gl.maximum(sink, level)
+        shrink = gl.exp2((base - level) * _LOG2_E)
+        total = total * shrink + gl.exp2((sink - level) * _LOG2_E)
+        rounding = rounding * shrink
+        normalise = shrink * normalise
+    exact_total = total - rounding
+    seen = exact_total >= _TINY
+    exact_total = gl.where(seen, exact_total, 1.0)
+    heavy = total >= _TINY
+    total = gl.where(heavy, total, 1.0)
+    normalise = gl.where(heavy, normalise / total, 0.0)
+    out = out * gl.convert_layout(normalise, gl.SliceLayout(1, OUT))[:, None]
+    # The tile before has left, long ago.
+    tma.store_wait(0)
+    staging.reshape([HALF, out.shape[1]]).store(out.to(staging.dtype))
+    fence_async_shared()
+    _store(out_tiles, [batch, head, first, 0], staging)
+    # After the fence, which would wait for it.
+    gl.store(
+        log_normalizer + (batch * heads + head).to(gl.int64) * num_queries + query,
+        gl.where(seen, gl.log2(exact_total) * _LN_2 + level, float("-inf")),
+        mask=query < num_queries,
+    )
+
+
+@gluon.jit
 def consumer(
     half: gl.constexpr, out_tiles, buffers, barriers, tables, terms, log_normalizer, shape, limits,
     HALF: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, POWER: gl.constexpr,
@@ -315,11 +432,6 @@ def consumer(
 ):  # fmt: skip
     query_buffer, key_buffer, value_buffer, factor_buffer, index_buffer, out_buffer = buffers
     queries_in, queries_out, step_in, step_out, index_in, index_out = barriers
-    (
-        scale, gain, sinks, sinks_batch, sinks_head, sinks_query, keys, keys_batch,
-        levels, common_level, epsilon,
-    ) = terms  # fmt: skip
-    tiles, rows, band, heads, group, patterns, num_queries = shape
     SIZE: gl.constexpr = query_buffer.shape[4]
     VALUE_SIZE: gl.constexpr = value_buffer.shape[4]
     DTYPE: gl.constexpr = query_buffer.dtype
@@ -327,14 +439,16 @@ def consumer(
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE_SIZE, 16])
     WEIGHT: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
-    KEYED: gl.constexpr = levels is not None
+    KEYED: gl.constexpr = terms[8] is not None
     no_score = gl.zeros([HALF, KEYS], gl.float32, SCORE)
-    step = 0
+    staging = out_buffer.index(half)
+
+    # The first block of the first tile; its weights are the only ones that no product hides.
     turn = 0
     tile, batch, head, key_row, first, count = published(index_buffer, barriers, turn)
-    inner_start, inner_end, start, end = visibility(
-        tile, batch, shape, tables, limits, half, HALF, ROW
-    )
+    seen = visibility(tile, batch, shape, tables, limits, half, HALF, ROW)
+    constants = constants_of(head, key_row, terms, POWER, FOLDED)
+    begin = (first + count - 1) * KEYS
     mbarrier.wait(queries_in.index(half), 0, pred=tile >= 0)
     mbarrier.wait(step_in.index(0), 0, pred=tile >= 0)
     score = warpgroup_mma(
@@ -343,152 +457,76 @@ def consumer(
         no_score, use_acc=False, is_async=True,
     )  # fmt: skip
     score = warpgroup_mma_wait(0, deps=[score])
-    while tile >= 0:
-        slot = turn & 1
-        factors = factor_buffer.index(step % STAGES)
-        if KEYED:
-            factors = factors.load(SCORE)
-        # The step that ended the tile before has read its keys and values.
-        mbarrier.arrive(step_out.index(step % STAGES), count=1)
-        step += 1
-        factor = scale
-        if gain is not None:
-            factor = factor * gl.load(gain + head)
-        inverse = 1.0
-        if POWER == 0:
-            inverse = epsilon
-        elif FOLDED:
-            inverse = 1.0 / (factor * factor)
-            if POWER == 2:
-                inverse = inverse * inverse
-        # The logarithm of what all weights of the head lack; a sink is compared with it.
-        base = common_level
-        if levels is not None:
-            base = base + gl.load(levels + key_row)
-        row_keys = keys
-        if keys is not None:
-            row_keys = keys + batch.to(gl.int64) * keys_batch
+    factors = factor_buffer.index(0)
+    if KEYED:
+        factors = factors.load(SCORE)
+    mbarrier.arrive(step_out.index(0), count=1)
+    nothing = lane_sums(score * 0.0, HALF, KEYS)
+    weight, total, rounding = weigh(
+        score, factors, begin, batch, seen, constants, (nothing, nothing), terms,
+        SCORE, DTYPE, POWER, FOLDED, LIFT,
+    )  # fmt: skip
+    operand = gl.convert_layout((weight * LIFT).to(DTYPE), WEIGHT)
+    out = gl.zeros([HALF, VALUE_SIZE], gl.float32, OUT)
+    done, done_base, done_sums = (tile, batch, head), constants[2], (total, rounding)
+    ahead = (tile, batch, head, key_row, first, count)
+    step = 1
+    mbarrier.wait(step_in.index(step % STAGES), 0, pred=tile >= 0)
 
-        begin = (first + count - 1) * KEYS
-        # Rows that may see few keys are summed from rounded weights, so that the output of a single key
-        # is its value exactly. The log normaliser is that of the exact sum.
-        few = inner_end - inner_start < KEYS
-        if keys is not None:
-            few = begin >= 0
-        if POWER > 0:  # the weight of score 0 is 0
-            score = hide(score, start, end, begin, row_keys, KEYS, SCORE)
-        weight = weights_of(score, factor, inverse, factors, POWER, FOLDED, KEYED)
-        if POWER == 0:
-            weight = hide(weight, start, end, begin, row_keys, KEYS, SCORE)
-        total = lane_sums(weight, HALF, KEYS)
-        rounding = total * 0.0
-        if few:
-            weight = as_multiplied(weight, DTYPE, LIFT)
-            rounding = lane_sums(weight, HALF, KEYS) - total
-            total += rounding
-        # The output of the tile before has long been read, now that the weights are computed. They are,
-        # because a wait, even one that is over, is a branch (see below).
-        mbarrier.wait(queries_in.index(2 * slot + half), (turn >> 1) & 1)
-        tma.store_wait(0)
-        mbarrier.arrive(queries_out.index(2 * (slot ^ 1) + half), count=1, pred=turn > 0)
-        operand = gl.convert_layout((weight * LIFT).to(DTYPE), WEIGHT)
-        queries = query_buffer.index(2 * slot + half).reshape([HALF, SIZE])
-        out = gl.zeros([HALF, VALUE_SIZE], gl.float32, OUT)
-        mbarrier.wait(step_in.index(step % STAGES), (step // STAGES) & 1)
-        for back in range(1, count):
+    while tile >= 0:
+        for position in range(count):
             stage = step % STAGES
+            is_last = position + 1 == count
+            if is_last:
+                # All scores of this tile are there.
+                mbarrier.arrive(queries_out.index(2 * (turn & 1) + half), count=1)
+                turn += 1
+                ahead = published(index_buffer, barriers, turn)
+                ready = queries_in.index(2 * (turn & 1) + half)
+                mbarrier.wait(ready, (turn >> 1) & 1, pred=ahead[0] >= 0)
+            queries = query_buffer.index(2 * (turn & 1) + half).reshape([HALF, SIZE])
             score = warpgroup_mma(
                 queries, key_buffer.index(stage).reshape([KEYS, SIZE]).permute((1, 0)),
                 no_score, use_acc=False, is_async=True,
             )  # fmt: skip
+            if (position == 0) & (step > 1):
+                finish(
+                    out, done, done_base, done_sums, staging, out_tiles, log_normalizer, terms, shape,
+                    half, ROW, OUT, LIFT,
+                )  # fmt: skip
             out = warpgroup_mma(
-                operand, value_buffer.index(stage).reshape([KEYS, VALUE_SIZE]), out, is_async=True
-            )
+                operand, value_buffer.index(stage).reshape([KEYS, VALUE_SIZE]), out,
+                use_acc=position > 0, is_async=True,
+            )  # fmt: skip
+            begin -= KEYS
+            if is_last:
+                done, done_base, done_sums = (tile, batch, head), constants[2], (total, rounding)
+                tile, batch, head, key_row, first, count = ahead
+                begin = (first + count - 1) * KEYS
+                seen = visibility(tile, batch, shape, tables, limits, half, HALF, ROW)
+                constants = constants_of(head, key_row, terms, POWER, FOLDED)
+                total = total * 0.0
+                rounding = total
             score = warpgroup_mma_wait(1, deps=[score])
-            begin = (first + count - 1 - back) * KEYS
-            partial = (begin < inner_start) | (begin + KEYS > inner_end)
-            if keys is not None:
-                partial = begin >= 0
             factors = factor_buffer.index(stage)
             if KEYED:
                 factors = factors.load(SCORE)
-            if partial:
-                if POWER > 0:
-                    score = hide(score, start, end, begin, row_keys, KEYS, SCORE)
-                weight = weights_of(score, factor, inverse, factors, POWER, FOLDED, KEYED)
-                if POWER == 0:
-                    weight = hide(weight, start, end, begin, row_keys, KEYS, SCORE)
-                if few:
-                    exact = lane_sums(weight, HALF, KEYS)
-                    weight = as_multiplied(weight, DTYPE, LIFT)
-                    rounding += lane_sums(weight, HALF, KEYS) - exact
-            else:
-                weight = weights_of(score, factor, inverse, factors, POWER, FOLDED, KEYED)
-            total += lane_sums(weight, HALF, KEYS)
+            weight, total, rounding = weigh(
+                score, factors, begin, batch, seen, constants, (total, rounding), terms,
+                SCORE, DTYPE, POWER, FOLDED, LIFT,
+            )  # fmt: skip
+            step += 1
             # A wait is a branch, across which the assembler does not move code: without one here the
             # weights would be computed after the products that they should overlap.
-            mbarrier.wait(step_in.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1)
+            mbarrier.wait(step_in.index(step % STAGES), (step // STAGES) & 1, pred=tile >= 0)
             out = warpgroup_mma_wait(0, deps=[out])
             mbarrier.arrive(step_out.index(stage), count=1)
             operand = gl.convert_layout((weight * LIFT).to(DTYPE), WEIGHT)
-            step += 1
-
-        # The last values of this tile and the first keys of the next one.
-        turn += 1
-        next_tile, next_batch, next_head, key_row, first, count = published(
-            index_buffer, barriers, turn
-        )
-        other = 2 * (turn & 1) + half
-        mbarrier.wait(queries_in.index(other), (turn >> 1) & 1, pred=next_tile >= 0)
-        stage = step % STAGES
-        out = warpgroup_mma(
-            operand, value_buffer.index(stage).reshape([KEYS, VALUE_SIZE]), out, is_async=True
-        )
-        score = warpgroup_mma(
-            query_buffer.index(other).reshape([HALF, SIZE]),
-            key_buffer.index(stage).reshape([KEYS, SIZE]).permute((1, 0)),
-            no_score, use_acc=False, is_async=True,
+    if step > 1:
+        finish(
+            out, done, done_base, done_sums, staging, out_tiles, log_normalizer, terms, shape,
+            half, ROW, OUT, LIFT,
         )  # fmt: skip
-        # What the next tile sees is fetched while this one is finished.
-        inner_start, inner_end, start, end = visibility(
-            next_tile, next_batch, shape, tables, limits, half, HALF, ROW
-        )
-        out = warpgroup_mma_wait(1, deps=[out])
-        rounding = gl.convert_layout(gl.sum(rounding, 1), ROW)
-        total = gl.convert_layout(gl.sum(total, 1), ROW)
-        query = tile * (2 * HALF) + half * HALF + gl.arange(0, HALF, ROW)
-        level = total * 0.0 + base
-        normalise = 1.0 / LIFT
-        if sinks is not None:
-            sink = gl.load(
-                sinks + batch.to(gl.int64) * sinks_batch + head.to(gl.int64) * sinks_head
-                + query.to(gl.int64) * sinks_query,
-                mask=query < num_queries, other=float("-inf"),
-            ).to(gl.float32)  # fmt: skip
-            level = gl.maximum(sink, level)
-            shrink = gl.exp2((base - level) * _LOG2_E)
-            total = total * shrink + gl.exp2((sink - level) * _LOG2_E)
-            rounding = rounding * shrink
-            normalise = shrink * normalise
-        exact_total = total - rounding
-        seen = exact_total >= _TINY
-        exact_total = gl.where(seen, exact_total, 1.0)
-        heavy = total >= _TINY
-        total = gl.where(heavy, total, 1.0)
-        normalise = gl.where(heavy, normalise / total, 0.0)
-        out = out * gl.convert_layout(normalise, gl.SliceLayout(1, OUT))[:, None]
-        staging = out_buffer.index(half if SIZE != VALUE_SIZE else 2 * slot + half)
-        staging.reshape([HALF, VALUE_SIZE]).store(out.to(DTYPE))
-        fence_async_shared()
-        _store(out_tiles, [batch, head, tile * (2 * HALF) + half * HALF, 0], staging)
-        # After the fence, which would wait for it.
-        gl.store(
-            log_normalizer + (batch * heads + head).to(gl.int64) * num_queries + query,
-            gl.where(seen, gl.log2(exact_total) * _LN_2 + level, float("-inf")),
-            mask=query < num_queries,
-        )
-        tile, batch, head = next_tile, next_batch, next_head
-        score = warpgroup_mma_wait(0, deps=[score])
     tma.store_wait(0)
 
 
@@ -523,11 +561,9 @@ def forward_kernel(
         factor_buffer = gl.allocate_shared_memory(
             gl.float32, [STAGES, 1, KEYS], factor_tiles.layout
         )
-    out_buffer = query_buffer
-    if query_tiles.block_shape[3] != out_tiles.block_shape[3]:
-        out_buffer = gl.allocate_shared_memory(
-            DTYPE, [2, 1, 1, HALF, out_tiles.block_shape[3]], out_tiles.layout
-        )
+    out_buffer = gl.allocate_shared_memory(
+        DTYPE, [2, 1, 1, HALF, out_tiles.block_shape[3]], out_tiles.layout
+    )
     index_buffer = gl.allocate_shared_memory(
         gl.int32, [16, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
