@@ -421,8 +421,10 @@ class _Namespace:
         queue = self.products.setdefault(self.machine.running, [])
         while len(queue) > left:
             queue[0].run()
-        values = tuple(dep.value if isinstance(dep, Product) else dep for dep in deps)
-        assert all(value is not None for value in values), "a product is used before it is there"
+        # One that is still under way stays a `Product`, of which only another product can make use.
+        values = tuple(
+            dep.value if isinstance(dep, Product) and dep.value is not None else dep for dep in deps
+        )
         return values if len(values) > 1 else values[0]
 
 

@@ -25,6 +25,8 @@ from .tiled_backward import backward_kernel
 
 #: Keys of a tile of `backward_kernel`.
 KEYS = 128
+#: Queries of a step.
+QUERIES = 64
 # Queries, gradients and float32 sums of the heads that programs work on at a time should stay in the
 # L2 cache, of which an H200 has 50 MiB.
 _BAND_BYTES = 32 * 2**20
@@ -97,12 +99,12 @@ def finish_kernel(
 ):  # fmt: skip
     """dq of a tile of queries: its float32 sum times a constant, 0 where it sees no key.
 
-    `tiled_backward` wrote 64 × 64 elements at a time, in the order of its `store_part`.
+    `tiled_backward` wrote them step by step, in the order of its `store_part`.
     """
     row = tl.program_id(0)
     place = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (ROWS * SIZE)
     total = tl.load(sums + place + tl.arange(0, ROWS * SIZE))
-    total = total.reshape(ROWS // 64, SIZE // 64, 4, 4, 4, 2, 2, 4, 2, 2)
+    total = total.reshape(ROWS // 64, 2, 4, 4, 4, SIZE // 64, 2, 4, 2, 2)
     total = total.permute(0, 3, 8, 4, 6, 1, 5, 2, 7, 9).reshape(ROWS, SIZE)
     total = total * final
     if tiles is not None:
@@ -126,9 +128,7 @@ def gradients(
     batch, heads, num_queries, size = query.shape
     key_heads, num_keys = key.shape[1:3]
     count = ceil_div(num_queries, ROWS)
-    # 64 queries a step, or twice as many where they are half as wide.
-    rows = 64 * (128 // size)
-    parts = ROWS // rows
+    parts = ROWS // QUERIES
     power = int(problem.response.power)
     # As in the forward kernel.
     folded = is_foldable(problem)
@@ -159,22 +159,22 @@ def gradients(
     prepare_kernel[(batch * heads, count * parts)](
         out, grad_out, log_normalizer.contiguous(), delta, scaled, turns, counter,
         heads, num_queries, *grad_out.stride(), _LARGEST_LOGARITHM,
-        SIZE=size, QUERIES=rows,
+        SIZE=size, QUERIES=QUERIES,
     )  # fmt: skip
-    # Whole tiles, because their elements are in an order of their own: 128 × 64 for each step.
-    sums = new(batch * heads, count * parts * 128, 64, dtype=torch.float32)
+    # Whole tiles, because the elements of a step are in an order of their own: size × 64.
+    sums = new(batch * heads, count * parts * size, QUERIES, dtype=torch.float32)
     grad_key = new(batch, key_heads, num_keys, size)
     grad_value = new(batch, key_heads, num_keys, size)
     row_bytes = size * (2 * query.element_size() + 4)
     band = max(1, _BAND_BYTES // (problem.group * num_queries * row_bytes))
     band = min(band, batch * key_heads)
     backward_kernel[(min(num_processors(problem), key_tiles * batch * key_heads),)](
-        tiles(query, rows),
+        tiles(query, QUERIES),
         tiles(key, KEYS),
         tiles(value, KEYS),
-        tiles(scaled, rows),
-        pieces(delta, 1, rows),
-        pieces(sums, 1, 128, 64),
+        tiles(scaled, QUERIES),
+        pieces(delta, 1, QUERIES),
+        pieces(sums, 1, size, QUERIES),
         tiles(grad_key, KEYS),
         tiles(grad_value, KEYS),
         spans,

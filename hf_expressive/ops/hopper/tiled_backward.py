@@ -6,13 +6,16 @@ one head, keeps dk and dv in registers and steps through the queries that see so
     Sᵀ = K·Qᵀ    dPᵀ = V·doutᵀ − δ    dv += Pᵀ·dout    dSᵀ = slope · dPᵀ    dk += dSᵀ·Q    dq = dS·K
 
 Two consumer warp groups own 64 of the keys each; P stays in registers, dS goes through shared memory,
-because dq needs all 128 keys. A step works on two tiles of queries, so that the product units always
+because dq needs all 128 keys. A step works on two tiles of 64 queries, so that the product units always
 have something before them while the consumers do something else:
 
-    Sᵀ of this tile                          while dS of the tile before reaches shared memory
-    dq and dk of the tile before             while weights and slopes are computed
-    dv of this tile                          while dq is stored for the writer
-    dPᵀ of this tile, then dS
+    dPᵀ of this tile
+    Sᵀ of the next tile                      while dS of this one is computed and stored
+    dq and dk of this tile                   while weights and slopes of the next are computed
+    dv of the next tile                      while dq is stored for the writer
+
+Of what is under way where a step ends, dv, nothing is read in the next one: the assembler would
+otherwise let all products run one by one.
 
 A writer warp adds dq to a float32 sum in global memory by bulk copies. A tile of queries receives the
 parts of its keys in a fixed order, from the last keys to the first (in the last band of heads from the
@@ -360,9 +363,9 @@ def writer(sum_tiles, buffers, barriers, spans, table, turns, shape, limits, QUE
                         arrived = arrivals(own_turns + i)
                     mbarrier.wait(sum_in, step & 1)
                     if before == 0:
-                        _store(sum_tiles, [flat_head, i * 128, 0], sum_buffer)
+                        _store(sum_tiles, [flat_head, i * sum_tiles.block_shape[1], 0], sum_buffer)
                     else:
-                        _add(sum_tiles, [flat_head, i * 128, 0], sum_buffer)
+                        _add(sum_tiles, [flat_head, i * sum_tiles.block_shape[1], 0], sum_buffer)
                     tma.store_wait(0)
                     mbarrier.arrive(sum_out, count=1)
                     if sent >= 0:
@@ -472,12 +475,10 @@ def store_slope(
 
 @gluon.jit
 def part_of_queries(slope_buffer, key_buffer, step):
-    """Starts dS·K; each warp group computes 64 × 64 of it."""
+    """Starts dS·K; each warp group computes half of its columns."""
     QUERIES: gl.constexpr = slope_buffer.shape[2]
     SIZE: gl.constexpr = key_buffer.shape[4]
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [QUERIES // 16, 128 // QUERIES], [16, 64, 16]
-    )
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, SIZE // 2, 16])
     return warpgroup_mma(
         slope_buffer.index(step & 1).permute((1, 0)),
         key_buffer.index(nothing(step)).reshape([_KEYS, SIZE]),
@@ -495,14 +496,15 @@ def add_to_keys(key_sum, slope_buffer, query_buffer, step, STAGES: gl.constexpr)
 
 
 @gluon.jit
-def store_part(query_part, sum_buffer, QUERIES: gl.constexpr):
+def store_part(query_part, sum_buffer):
     """dq of a step to shared memory, in an order in which a thread writes 16 bytes at a time.
 
-    Of the 64 rows (4 warps, 2, 8 in lanes) and 64 columns (8, 4 in lanes, 2) of a warp group the two
-    rows and two columns come to lie beside each other; `finish_kernel` undoes it.
+    Of the 64 rows (4 warps, 2, 8 in lanes) and half of the columns (4 or 8, 4 in lanes, 2) of a warp
+    group the two rows and two columns come to lie beside each other; `finish_kernel` undoes it.
     """
-    split = query_part.reshape([QUERIES // 64, 4, 2, 4, 2, 128 // QUERIES, 2, 4, 4, 2])
-    shuffled = split.permute((0, 5, 7, 1, 3, 6, 4, 8, 2, 9)).reshape([1, 128, 64])
+    SIZE: gl.constexpr = query_part.shape[1]
+    split = query_part.reshape([1, 4, 2, 4, 2, 2, SIZE // 64, 4, 4, 2])
+    shuffled = split.permute((0, 5, 7, 1, 3, 6, 4, 8, 2, 9)).reshape([1, SIZE, 64])
     sum_buffer.store(shuffled)
 
 
@@ -546,48 +548,52 @@ def consumer(
         weight, slope = weigh(score, code, 0, item, terms, tensors, limits, POWER, FOLDED)
         value_sum = add_to_values(nothing_yet, weight, grad_buffer, step)
         delta = delta_of(delta_buffer, step)
-        bracket = bracket_of(delta, value_buffer, grad_buffer, step)
-        bracket, value_sum = warpgroup_mma_wait(0, deps=[bracket, value_sum])
-        store_slope(bracket, slope, code, slope_buffer, step, item, tensors, limits, SINGLE)
-        mbarrier.arrive(grads_out.index(step & 1), count=1)
-        step += 1
+        value_sum = warpgroup_mma_wait(1, deps=[value_sum])
         for position in range(1, each * group):
-            before = step - 1
-            mbarrier.wait(queries_in.index(step % STAGES), (step // STAGES) & 1)
-            score = scores_of(query_buffer, key_buffer, step, STAGES)
-            mbarrier.wait(grads_in.index(step & 1), (step >> 1) & 1)
-            code = code_of(code_buffer, step)
-            query_part = part_of_queries(slope_buffer, key_buffer, before)
-            key_part = add_to_keys(key_sum, slope_buffer, query_buffer, before, STAGES)
+            following = step + 1
+            bracket = bracket_of(delta, value_buffer, grad_buffer, step)
+            value_sum = warpgroup_mma_wait(1, deps=[value_sum])
+            mbarrier.wait(queries_in.index(following % STAGES), (following // STAGES) & 1)
+            score = scores_of(query_buffer, key_buffer, following, STAGES)
+            bracket = warpgroup_mma_wait(1, deps=[bracket])
+            store_slope(bracket, slope, code, slope_buffer, step, item, tensors, limits, SINGLE)
+            mbarrier.arrive(grads_out.index(step & 1), count=1)
+            mbarrier.wait(grads_in.index(following & 1), (following >> 1) & 1)
+            code = code_of(code_buffer, following)
+            query_part = part_of_queries(slope_buffer, key_buffer, step)
+            key_part = add_to_keys(key_sum, slope_buffer, query_buffer, step, STAGES)
             score = warpgroup_mma_wait(2, deps=[score])
             weight, slope = weigh(
                 score, code, position // each, item, terms, tensors, limits, POWER, FOLDED
             )
             # Loaded here: between the stores of dq it would wait for these, earlier it has no registers.
-            delta = delta_of(delta_buffer, step)
+            delta = delta_of(delta_buffer, following)
             # A wait is a branch, across which the assembler does not move code: without one here the
             # weights would be computed after the products that they should overlap.
-            mbarrier.wait(sum_out, (before & 1) ^ 1)
-            value_sum = add_to_values(value_sum, weight, grad_buffer, step)
-            query_part, key_sum = warpgroup_mma_wait(1, deps=[query_part, key_part])
-            mbarrier.arrive(queries_out.index(before % STAGES), count=1)
-            store_part(query_part, sum_buffer, QUERIES)
-            bracket = bracket_of(delta, value_buffer, grad_buffer, step)
+            mbarrier.wait(sum_out, (step & 1) ^ 1)
+            value_sum = add_to_values(value_sum, weight, grad_buffer, following)
+            query_part, key_sum, value_sum = warpgroup_mma_wait(
+                1, deps=[query_part, key_part, value_sum]
+            )
+            mbarrier.arrive(queries_out.index(step % STAGES), count=1)
+            store_part(query_part, sum_buffer)
             fence_async_shared()
             mbarrier.arrive(sum_in, count=1)
-            bracket, value_sum = warpgroup_mma_wait(0, deps=[bracket, value_sum])
-            store_slope(bracket, slope, code, slope_buffer, step, item, tensors, limits, SINGLE)
-            mbarrier.arrive(grads_out.index(step & 1), count=1)
             step += 1
 
-        before = step - 1
+        bracket = bracket_of(delta, value_buffer, grad_buffer, step)
+        bracket, value_sum = warpgroup_mma_wait(0, deps=[bracket, value_sum])
+        store_slope(bracket, slope, code, slope_buffer, step, item, tensors, limits, SINGLE)
+        mbarrier.arrive(grads_out.index(step & 1), count=1)
+        before = step
+        step += 1
         query_part = part_of_queries(slope_buffer, key_buffer, before)
         key_part = add_to_keys(key_sum, slope_buffer, query_buffer, before, STAGES)
         value_buffer.index(0).reshape([_KEYS, SIZE]).store(value_sum.to(gl.bfloat16))
         mbarrier.wait(sum_out, (before & 1) ^ 1)
         query_part, key_total = warpgroup_mma_wait(0, deps=[query_part, key_part])
         mbarrier.arrive(queries_out.index(before % STAGES), count=1)
-        store_part(query_part, sum_buffer, QUERIES)
+        store_part(query_part, sum_buffer)
         key_buffer.index(0).reshape([_KEYS, SIZE]).store((key_total * final).to(gl.bfloat16))
         fence_async_shared()
         mbarrier.arrive(sum_in, count=1)
@@ -632,7 +638,7 @@ def backward_kernel(
         gl.bfloat16, [1, 1, 1, _KEYS, SIZE], value_tiles.layout
     )
     slope_buffer = gl.allocate_shared_memory(gl.bfloat16, [2, _KEYS, QUERIES], SQUARE)
-    sum_buffer = gl.allocate_shared_memory(gl.float32, [1, 128, 64], sum_tiles.layout)
+    sum_buffer = gl.allocate_shared_memory(gl.float32, [1, SIZE, 64], sum_tiles.layout)
     delta_buffer = gl.allocate_shared_memory(gl.float32, [2, 1, QUERIES], delta_tiles.layout)
     index_buffer = gl.allocate_shared_memory(gl.int32, [2, 1], PLAIN)
     code_buffer = gl.allocate_shared_memory(gl.int32, [2, 1], PLAIN)
