@@ -552,6 +552,9 @@ def consumer(
         for position in range(1, each * group):
             following = step + 1
             bracket = bracket_of(delta, value_buffer, grad_buffer, step)
+            # dq of the step before is handed over only here, behind a product: a fence takes its time.
+            fence_async_shared()
+            mbarrier.arrive(sum_in, count=1, pred=position > 1)
             value_sum = warpgroup_mma_wait(1, deps=[value_sum])
             mbarrier.wait(queries_in.index(following % STAGES), (following // STAGES) & 1)
             score = scores_of(query_buffer, key_buffer, following, STAGES)
@@ -577,11 +580,11 @@ def consumer(
             )
             mbarrier.arrive(queries_out.index(step % STAGES), count=1)
             store_part(query_part, sum_buffer)
-            fence_async_shared()
-            mbarrier.arrive(sum_in, count=1)
             step += 1
 
         bracket = bracket_of(delta, value_buffer, grad_buffer, step)
+        fence_async_shared()
+        mbarrier.arrive(sum_in, count=1, pred=each * group > 1)
         bracket, value_sum = warpgroup_mma_wait(0, deps=[bracket, value_sum])
         store_slope(bracket, slope, code, slope_buffer, step, item, tensors, limits, SINGLE)
         mbarrier.arrive(grads_out.index(step & 1), count=1)
