@@ -103,7 +103,8 @@ def test_results_do_not_depend_on_the_order_of_events(monkeypatch: pytest.Monkey
         ),
         # scores of queries that have not come
         (
-            "            mbarrier.wait(queries_in.index(following % STAGES), (following // STAGES) & 1)\n",
+            "            mbarrier.wait(queries_in.index(following % STAGES), "
+            "(following // STAGES) & 1)\n",
             "",
         ),
         # a part of dq stored before the writer has read the one before
@@ -117,10 +118,18 @@ def test_results_do_not_depend_on_the_order_of_events(monkeypatch: pytest.Monkey
             'publish(own_turns + sent, "0")\n        turn += 1',
             'publish(own_turns + sent, "1")\n        turn += 1',
         ),
-        # keys released before dk has left their place
+        # values in their place before dk has left it
         (
-            "        tma.store_wait(0)\n        mbarrier.arrive(keys_out, count=1)\n",
-            "        mbarrier.arrive(keys_out, count=1)\n",
+            "        tma.store_wait(0)\n        mbarrier.arrive(values_out, count=1)\n",
+            "        mbarrier.arrive(values_out, count=1)\n",
+        ),
+        # dk in the place of dv before that has left
+        ("        tma.store_wait(0)\n        staging", "        staging"),
+        # keys released while they are multiplied for dq
+        (
+            "        query_part, key_total = warpgroup_mma_wait(0, deps=[query_part, key_part])\n",
+            "        mbarrier.arrive(keys_out, count=1)\n"
+            "        query_part, key_total = warpgroup_mma_wait(0, deps=[query_part, key_part])\n",
         ),
     ],
 )

@@ -257,8 +257,8 @@ def producer(
         code_buffer, slope_buffer, sum_buffer,
     ) = buffers  # fmt: skip
     (
-        keys_in, keys_out, queries_in, queries_out, grads_in, grads_out, sum_in, sum_out,
-        index_in, index_out,
+        keys_in, keys_out, values_in, values_out, queries_in, queries_out, grads_in, grads_out,
+        sum_in, sum_out, index_in, index_out,
     ) = barriers  # fmt: skip
     tiles, rows, band, key_heads, group, patterns, query_tiles_count = shape
     total = tiles * rows
@@ -282,10 +282,9 @@ def producer(
             key_start = tile * _KEYS
             entries = entries_of(batch, table, shape)
             mbarrier.wait(keys_out, (turn & 1) ^ 1)
-            mbarrier.expect(keys_in, 2 * key_tiles.block_type.nbytes)
-            at = [batch, key_head, tile * _KEYS, 0]
-            _load(key_tiles, at, keys_in, key_buffer.index(0))
-            _load(value_tiles, at, keys_in, value_buffer.index(0))
+            mbarrier.expect(keys_in, key_tiles.block_type.nbytes)
+            _load(key_tiles, [batch, key_head, key_start, 0], keys_in, key_buffer.index(0))
+            has_values = 0
             for member in range(group):
                 head = key_head * group + member
                 for n in range(first * PER, last * PER):
@@ -314,6 +313,13 @@ def producer(
                         code_buffer.index(stage).store(gl.full([1], code, gl.int32, ONE))
                         mbarrier.arrive(ready, count=1)
                         step += 1
+                        if has_values == 0:
+                            # They are needed later than keys and queries, and their place is free later.
+                            has_values += 1
+                            mbarrier.wait(values_out, (turn & 1) ^ 1)
+                            mbarrier.expect(values_in, value_tiles.block_type.nbytes)
+                            at = [batch, key_head, key_start, 0]
+                            _load(value_tiles, at, values_in, value_buffer.index(0))
             index = gl.atomic_add(counter, 1)
         else:
             index = -1
@@ -327,8 +333,8 @@ def writer(sum_tiles, buffers, barriers, spans, table, turns, shape, limits, QUE
         code_buffer, slope_buffer, sum_buffer,
     ) = buffers  # fmt: skip
     (
-        keys_in, keys_out, queries_in, queries_out, grads_in, grads_out, sum_in, sum_out,
-        index_in, index_out,
+        keys_in, keys_out, values_in, values_out, queries_in, queries_out, grads_in, grads_out,
+        sum_in, sum_out, index_in, index_out,
     ) = barriers  # fmt: skip
     tiles, rows, band, key_heads, group, patterns, query_tiles_count = shape
     total = tiles * rows
@@ -518,8 +524,8 @@ def consumer(
         code_buffer, slope_buffer, sum_buffer,
     ) = buffers  # fmt: skip
     (
-        keys_in, keys_out, queries_in, queries_out, grads_in, grads_out, sum_in, sum_out,
-        index_in, index_out,
+        keys_in, keys_out, values_in, values_out, queries_in, queries_out, grads_in, grads_out,
+        sum_in, sum_out, index_in, index_out,
     ) = barriers  # fmt: skip
     tiles, rows, band, key_heads, group, patterns, query_tiles_count = shape
     grad_key_tiles, grad_value_tiles = out_tiles
@@ -549,6 +555,7 @@ def consumer(
         value_sum = add_to_values(nothing_yet, weight, grad_buffer, step)
         delta = delta_of(delta_buffer, step)
         value_sum = warpgroup_mma_wait(1, deps=[value_sum])
+        mbarrier.wait(values_in, turn & 1)
         for position in range(1, each * group):
             following = step + 1
             bracket = bracket_of(delta, value_buffer, grad_buffer, step)
@@ -592,19 +599,24 @@ def consumer(
         step += 1
         query_part = part_of_queries(slope_buffer, key_buffer, before)
         key_part = add_to_keys(key_sum, slope_buffer, query_buffer, before, STAGES)
-        value_buffer.index(0).reshape([_KEYS, SIZE]).store(value_sum.to(gl.bfloat16))
+        # dv and then dk leave through the place of the values; that of the keys is free for the next ones.
+        staging = value_buffer.index(0)
+        staging.reshape([_KEYS, SIZE]).store(value_sum.to(gl.bfloat16))
+        fence_async_shared()
+        at = [batch, row % key_heads, tile * _KEYS, 0]
+        _store(grad_value_tiles, at, staging)
         mbarrier.wait(sum_out, (before & 1) ^ 1)
         query_part, key_total = warpgroup_mma_wait(0, deps=[query_part, key_part])
         mbarrier.arrive(queries_out.index(before % STAGES), count=1)
+        mbarrier.arrive(keys_out, count=1)
         store_part(query_part, sum_buffer)
-        key_buffer.index(0).reshape([_KEYS, SIZE]).store((key_total * final).to(gl.bfloat16))
+        tma.store_wait(0)
+        staging.reshape([_KEYS, SIZE]).store((key_total * final).to(gl.bfloat16))
         fence_async_shared()
         mbarrier.arrive(sum_in, count=1)
-        at = [batch, row % key_heads, tile * _KEYS, 0]
-        _store(grad_value_tiles, at, value_buffer.index(0))
-        _store(grad_key_tiles, at, key_buffer.index(0))
+        _store(grad_key_tiles, at, staging)
         tma.store_wait(0)
-        mbarrier.arrive(keys_out, count=1)
+        mbarrier.arrive(values_out, count=1)
         turn += 1
         index = next_item(index_buffer, index_in, index_out, turn, 8)
 
@@ -647,6 +659,8 @@ def backward_kernel(
     code_buffer = gl.allocate_shared_memory(gl.int32, [2, 1], PLAIN)
     keys_in = gl.allocate_shared_memory(gl.int64, [1], BAR)
     keys_out = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    values_in = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    values_out = gl.allocate_shared_memory(gl.int64, [1], BAR)
     sum_in = gl.allocate_shared_memory(gl.int64, [1], BAR)
     sum_out = gl.allocate_shared_memory(gl.int64, [1], BAR)
     queries_in = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
@@ -657,6 +671,8 @@ def backward_kernel(
     index_out = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
     mbarrier.init(keys_in, count=1)
     mbarrier.init(keys_out, count=1)
+    mbarrier.init(values_in, count=1)
+    mbarrier.init(values_out, count=1)
     mbarrier.init(sum_in, count=1)
     mbarrier.init(sum_out, count=1)
     for i in gl.static_range(STAGES):
@@ -675,8 +691,8 @@ def backward_kernel(
         code_buffer, slope_buffer, sum_buffer,
     )  # fmt: skip
     barriers = (
-        keys_in, keys_out, queries_in, queries_out, grads_in, grads_out, sum_in, sum_out,
-        index_in, index_out,
+        keys_in, keys_out, values_in, values_out, queries_in, queries_out, grads_in, grads_out,
+        sum_in, sum_out, index_in, index_out,
     )  # fmt: skip
     shape = (tiles, rows, band, key_heads, group, patterns, query_tiles_count)
     terms = (scale, inverse, final)
