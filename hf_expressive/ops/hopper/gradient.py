@@ -75,12 +75,15 @@ def prepare_kernel(
     inside = known[:, None] & (size >= 0)[None, :]
     place = batch.to(tl.int64) * grad_batch + head.to(tl.int64) * grad_head
     place = place + query[:, None].to(tl.int64) * grad_query + size[None, :] * grad_size
-    gradient = tl.load(grad_out + place, mask=inside, other=0.0).to(tl.float32)
     start = row.to(tl.int64) * num_queries
-    place = (start + query)[:, None] * SIZE + size[None, :]
-    value = tl.load(out + place, mask=inside, other=0.0).to(tl.float32)
-    product = tl.sum(gradient * value, 1)
     total = tl.load(log_normalizer + start + query, mask=known, other=float("-inf"))
+    # A tile that sees nothing is not read, but written: the kernel takes two such tiles as one.
+    count = tl.sum((total != float("-inf")).to(tl.int32), 0)
+    read = inside & (known.to(tl.int32) * count > 0)[:, None]
+    gradient = tl.load(grad_out + place, mask=read, other=0.0).to(tl.float32)
+    place = (start + query)[:, None] * SIZE + size[None, :]
+    value = tl.load(out + place, mask=read, other=0.0).to(tl.float32)
+    product = tl.sum(gradient * value, 1)
     inverse = tl.exp2(tl.minimum(-total, limit) * 1.4426950408889634)
     inverse = tl.where(total == float("-inf"), 0.0, inverse)
     padded = row.to(tl.int64) * (tl.num_programs(1) * QUERIES) + query
@@ -103,14 +106,15 @@ def finish_kernel(
     """
     row = tl.program_id(0)
     place = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (ROWS * SIZE)
-    total = tl.load(sums + place + tl.arange(0, ROWS * SIZE))
-    total = total.reshape(ROWS // 64, 2, 4, 4, 4, SIZE // 64, 2, 4, 2, 2)
-    total = total.permute(0, 3, 8, 4, 6, 1, 5, 2, 7, 9).reshape(ROWS, SIZE)
-    total = total * final
+    element = tl.arange(0, ROWS * SIZE)
+    seen = element >= 0
     if tiles is not None:
         pattern = tl.minimum(row // heads, patterns - 1)
         entry = tiles + (pattern * tl.num_programs(1) + tl.program_id(1)) * FIELDS
-        total = tl.where(tl.load(entry) < tl.load(entry + 1), total, 0.0)
+        seen = element * 0 + tl.load(entry) < tl.load(entry + 1)
+    total = tl.load(sums + place + element, mask=seen, other=0.0) * final
+    total = total.reshape(ROWS // 64, 2, 4, 4, 4, SIZE // 64, 2, 4, 2, 2)
+    total = total.permute(0, 3, 8, 4, 6, 1, 5, 2, 7, 9).reshape(ROWS, SIZE)
     query = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     size = tl.arange(0, SIZE)
     place = (row.to(tl.int64) * num_queries + query)[:, None] * SIZE + size[None, :]

@@ -469,7 +469,11 @@ def consumer(
     operand = gl.convert_layout((weight * LIFT).to(DTYPE), WEIGHT)
     out = gl.zeros([HALF, VALUE_SIZE], gl.float32, OUT)
     # Values of their own: Triton does not carry a name through two loops that starts as another's alias.
-    done, done_base, done_sums = (tile * 0, batch * 0, head * 0), constants[2] * 0, (nothing, nothing)
+    done, done_base, done_sums = (
+        (tile * 0, batch * 0, head * 0),
+        constants[2] * 0,
+        (nothing, nothing),
+    )
     ahead = (tile, batch, head, key_row, first, count)
     step = 1
     mbarrier.wait(step_in.index(step % STAGES), 0, pred=tile >= 0)
