@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
+from operator import getitem
 from typing import Any
 
 import pytest
@@ -16,12 +18,14 @@ from tolerances import (
     plain_attention,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_expressive.ops import KeyRanges, blockwise, expressive_attention, functional, library
 from hf_expressive.ops.dropout import keep_mask
 from hf_expressive.ops.functional import attend
-from hf_expressive.ops.operator import operator
+from hf_expressive.ops.operator import _is_unobserved, operator
 from hf_expressive.ops.response import Response
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -761,7 +765,8 @@ OPCHECKED = (
 def test_opcheck(name: str) -> None:
     """Schema, fake implementation and autograd of the two operators agree with what runs."""
     arguments = _operator_arguments(_opcheck_options(name))
-    torch.library.opcheck(library._forward, arguments)
+    operators = torch.ops.hf_expressive
+    torch.library.opcheck(operators.attention_forward.default, arguments)
     out, log_normalizer = library._forward(*arguments)
     detached = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
     bias_wanted = [isinstance(a, Tensor) and a.requires_grad for a in arguments[4:6]]
@@ -769,7 +774,9 @@ def test_opcheck(name: str) -> None:
     results = library._backward(*backward)
     assert all(result.is_contiguous() for result in results)
     torch.library.opcheck(
-        library._backward, backward, test_utils=("test_schema", "test_faketensor")
+        operators.attention_backward.default,
+        backward,
+        test_utils=("test_schema", "test_faketensor"),
     )
 
 
@@ -859,7 +866,49 @@ def test_compile_leaves_the_inside_of_operators_alone(mode: Any) -> None:
     with mode():
         found = torch.compile(operator, backend=backend)()
         torch.testing.assert_close(found, operator())
-    assert not graphs
+    calls = [node for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+    whole = torch.ops.hf_expressive.attention_forward.default
+    assert {node.target for node in calls} <= {whole, getitem}
+
+
+class Seen(TorchDispatchMode):
+    """The names of what passes through the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class Subclass(Tensor):
+    """A tensor of another class."""
+
+
+def test_who_looks_on_sees_the_operator() -> None:
+    """Modes, tensors of other classes, transforms and tracers get it from the dispatcher."""
+    tensors = operands(SIZE, torch.float32)
+    arguments = (*tensors, *([None] * 9), "hill", 1.0, 0.0, 0.25, True, -1, 0.0, 0.0, "blockwise")
+    expected = library._forward(*arguments)[0]
+    name = "hf_expressive.attention_forward.default"
+    with Seen() as seen:
+        torch.testing.assert_close(library._forward(*arguments)[0], expected)
+    assert name in seen.names
+    assert _is_unobserved(tensors)
+    assert not _is_unobserved([tensors[0].as_subclass(Subclass), *tensors[1:]])
+    assert not torch.func.vmap(lambda t: t * _is_unobserved([t]))(tensors[0] + 1).any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(
+            lambda *t: library._forward(*t, *arguments[3:])[0], tensors, check_trace=False
+        )
+    assert "attention_forward" in str(traced.graph)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(library._forward(*arguments)[0], FakeTensor)
 
 
 # ---- memory ---------------------------------------------------------------------------------------

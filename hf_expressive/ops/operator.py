@@ -2,11 +2,14 @@
 
 `torch.library.custom_op` does the same, but its wrapper reads the operator's schema anew at every call.
 With the two dozen arguments of attention that took 0.2 to 1 ms (PyTorch 2.11), longer than the kernels
-of a small layer. Here the schema is read once.
+of a small layer. Here the schema is read once; and where nothing looks on, no compiler, no mode, no
+transform, no tensor of another class, the dispatcher, which translates the arguments four times, is
+passed by.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,7 +41,7 @@ def operator(
         gradients: gradients(context, *grad_outputs) returns one for each input, or `None` in its place.
 
     Returns:
-        The operator, called like `compute`.
+        The operator, or what comes to the same without the dispatcher; called like `compute`.
     """
     # Also where this file is imported for the second time, as a notebook may do.
     library = get_library_allowing_overwrite(_NAMESPACE, name)
@@ -54,21 +57,47 @@ def operator(
     library.impl(name, torch.compiler.disable(on_device), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=library)
     overload = getattr(getattr(torch.ops, _NAMESPACE), name).default
-    differentiable = torch.compiler.disable(_autograd(name, overload, save, gradients))
-    library.impl(name, differentiable, "Autograd", with_keyset=True)
-    return overload
 
-
-def _autograd(name: str, overload: Any, save: Any, gradients: Any) -> Callable[..., Any]:
-    """What runs in place of the operator where autograd looks on."""
-
-    def below(keyset: Any, inputs: Sequence[Any]) -> Any:
+    def below_autograd(keyset: Any, *inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
-    def forward(ctx: Any, *inputs_and_keyset: Any) -> Any:
-        *inputs, keyset = inputs_and_keyset
-        output = below(keyset, inputs)
+    run = _differentiable(name, save, gradients)
+
+    def registered(keyset: Any, *inputs: Any) -> Any:
+        return run(functools.partial(below_autograd, keyset), *inputs)
+
+    library.impl(name, torch.compiler.disable(registered), "Autograd", with_keyset=True)
+
+    alone = torch.compiler.disable(functools.partial(run, on_device))
+
+    def call(*inputs: Any) -> Any:
+        return alone(*inputs) if _is_unobserved(inputs) else overload(*inputs)
+
+    return call
+
+
+def _is_unobserved(inputs: Sequence[Any]) -> bool:
+    """Whether the dispatcher would do no more than call the function."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(
+            type(value) in (torch.Tensor, torch.nn.Parameter)
+            for value in inputs
+            if isinstance(value, torch.Tensor)
+        )
+    )
+
+
+def _differentiable(name: str, save: Any, gradients: Any) -> Callable[..., Any]:
+    """run(function, *inputs): the function's value, with the operator's gradients where wanted."""
+
+    def forward(ctx: Any, *inputs_and_function: Any) -> Any:
+        *inputs, function = inputs_and_function
+        output = function(*inputs)
         if save is not None:
             save(ctx, inputs, output)
         return output
@@ -82,18 +111,18 @@ def _autograd(name: str, overload: Any, save: Any, gradients: Any) -> Callable[.
         return *gradients(ctx, *grads), None
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type(name, (torch.autograd.Function,), methods)
+    tracked: Any = type(name, (torch.autograd.Function,), methods)
 
-    def call(keyset: Any, *inputs: Any) -> Any:
+    def run(function: Callable[..., Any], *inputs: Any) -> Any:
         if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
             raise NotImplementedError(
                 f'{name} has no forward-mode derivative; use impl="reference" for it.'
             )
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return function.apply(*inputs, keyset)
-        return below(keyset, inputs)
+            return tracked.apply(*inputs, function)
+        return function(*inputs)
 
-    return call
+    return run
 
 
 def _has_tangent(value: Any) -> bool:

@@ -534,9 +534,6 @@ def consumer(
     SIZE: gl.constexpr = query_buffer.shape[4]
     PER: gl.constexpr = _ROWS // QUERIES
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, SIZE, 16])
-    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, SIZE // 2, 16])
-    # Whether registers hold dq beside the next dPᵀ; otherwise it is stored before that is started.
-    ROOM: gl.constexpr = SIZE == 64
     step = 0
     turn = 0
     index = next_item(index_buffer, index_in, index_out, turn, 8)
@@ -559,13 +556,10 @@ def consumer(
         delta = delta_of(delta_buffer, step)
         value_sum = warpgroup_mma_wait(1, deps=[value_sum])
         mbarrier.wait(values_in, turn & 1)
-        query_part = gl.zeros([QUERIES, SIZE], gl.float32, PART)
         for position in range(1, each * group):
             following = step + 1
             bracket = bracket_of(delta, value_buffer, grad_buffer, step)
             # dq of the step before is handed over only here, behind a product: a fence takes its time.
-            if ROOM & (position > 1):
-                store_part(query_part, sum_buffer)
             fence_async_shared()
             mbarrier.arrive(sum_in, count=1, pred=position > 1)
             value_sum = warpgroup_mma_wait(1, deps=[value_sum])
@@ -592,13 +586,10 @@ def consumer(
                 1, deps=[query_part, key_part, value_sum]
             )
             mbarrier.arrive(queries_out.index(step % STAGES), count=1)
-            if not ROOM:
-                store_part(query_part, sum_buffer)
+            store_part(query_part, sum_buffer)
             step += 1
 
         bracket = bracket_of(delta, value_buffer, grad_buffer, step)
-        if ROOM & (each * group > 1):
-            store_part(query_part, sum_buffer)
         fence_async_shared()
         mbarrier.arrive(sum_in, count=1, pred=each * group > 1)
         bracket, value_sum = warpgroup_mma_wait(0, deps=[bracket, value_sum])

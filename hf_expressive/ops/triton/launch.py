@@ -215,15 +215,13 @@ def addressable(tensor: Tensor) -> tuple[Tensor, list[int]]:
     """
     unit = _ALIGNMENT // tensor.element_size()
     *strides, last = tensor.stride()
-    # A stride along a dimension of size 1 is never taken and may be anything.
-    strides = [
-        stride if size > 1 else unit for size, stride in zip(tensor.shape, strides, strict=False)
-    ]
-    if (
-        last != 1
-        or tensor.data_ptr() % _ALIGNMENT
-        or any(stride % unit or stride == 0 for stride in strides)
-    ):
+    fits = last == 1 and tensor.data_ptr() % _ALIGNMENT == 0
+    for index, stride in enumerate(strides):
+        if tensor.shape[index] == 1:  # it is never taken and may be anything
+            strides[index] = unit
+        elif stride % unit or stride == 0:
+            fits = False
+    if not fits:
         *lead, size = tensor.shape
         padded = tensor.new_empty(*lead, ceil_div(size, unit) * unit)
         padded[..., :size] = tensor
