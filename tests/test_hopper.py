@@ -304,7 +304,12 @@ def test_auto_takes_them_for_large_problems() -> None:
     assert not hopper.is_faster(dataclasses.replace(many, ranges=shown))
     assert choose(few, "auto") == ("triton" if GPU else "blockwise")
     assert choose(many, "auto") == ("hopper" if HOPPER else "triton" if GPU else "blockwise")
-    assert not hopper.is_faster(dataclasses.replace(many, sliding_window=8))
+    assert not hopper.is_faster(dataclasses.replace(many, sliding_window=1))
+    square = dataclasses.replace(many, response=Response("square"))
+    assert hopper.is_faster(square)
+    for problem, faster in ((many, True), (square, False)):
+        middle = dataclasses.replace(problem, query=query[:, :, : 2**16])
+        assert hopper.is_faster(middle) == faster
     capped = dataclasses.replace(many, softcap=30.0)
     assert choose(capped, "auto") == ("triton" if GPU else "blockwise")
 

@@ -13,6 +13,7 @@ of short calls, from the portable kernels (`has_own_backward`).
 from __future__ import annotations
 
 import importlib.util
+import math
 from functools import cache
 
 import torch
@@ -22,7 +23,8 @@ from .. import triton as portable
 from ..problem import AttentionProblem
 
 _HEAD_SIZES = (64, 128)
-_LARGE = 2**28
+#: Pairs of queries and keys from which on these kernels are taken, by the kind of the response.
+_LEAST_PAIRS = {"hill": 2**27, "square": 2**28}
 
 
 def unsupported(problem: AttentionProblem) -> str | None:
@@ -64,11 +66,13 @@ def unsupported(problem: AttentionProblem) -> str | None:
 
 
 def is_faster(problem: AttentionProblem) -> bool:
-    """Whether these kernels are worth their launch, which takes twice the host's time of a portable one.
+    """Whether these kernels are worth their launch, for which the host describes every tensor.
 
-    From 2²⁸ pairs of queries and keys on (all batches and heads, within the sliding window) forward and
-    backward together took 0.78 to 1.00 of the portable kernels' time, with Triton 3.6 on an H200; calls
-    of 2²⁶ pairs are over sooner than the host has launched them. Not so with a mask a key
+    Pairs of queries and keys are counted over all batches and heads, within the sliding window. From
+    2²⁷ on the Hill response took 0.71 to 0.95 of the portable kernels' time, and no more than theirs
+    with a slow host's launches (Triton 3.6, H200, `recipes/results/hopper.json`). From 2²⁴ on it takes
+    less of the GPU, but the host launches a forward pass in 1.2 to 1.5 times the time, a backward pass
+    in 0.4 to 0.9. The square response was compared from 2²⁸ on. Not so with a mask a key
     (`KeyRanges.keys`), in which these kernels skip nothing.
     """
     if problem.ranges is not None and problem.ranges.keys is not None:
@@ -77,7 +81,7 @@ def is_faster(problem: AttentionProblem) -> bool:
     seen = problem.key.shape[2]
     if problem.sliding_window is not None:
         seen = min(seen, problem.sliding_window)
-    return batch * heads * num_queries * seen >= _LARGE
+    return batch * heads * num_queries * seen >= _LEAST_PAIRS.get(problem.response.kind, math.inf)
 
 
 @torch.compiler.assume_constant_result
