@@ -301,6 +301,12 @@ def main() -> None:
         [FineTuneOptions, TrainingOptions, RunOptions, *groups], "finetune.py", __doc__
     )
     accelerator, folder = start("finetune", training, output)
+    if options.quantize == "bnb4" and accelerator.device.type == "cpu":
+        # At the first evaluation bitsandbytes packs them anew, for a product without a gradient.
+        sys.exit(
+            "error: gradients pass 4-bit weights on a GPU only; on a CPU take --quantize bnb8 or "
+            "torchao8."
+        )
     settings = {key: v for part in (options, training, *data) for key, v in asdict(part).items()}
     surroundings = begin("finetune", accelerator, folder, settings, output.resume)
     with stoppable(accelerator):

@@ -134,6 +134,34 @@ def test_all_weights_for_classes(
     assert sorted(model.config.label2id) == ["a", "b"]
 
 
+def test_four_bits_need_a_gpu(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="4-bit weights on a GPU only; on a CPU take --quantize"):
+        run(monkeypatch, tmp_path, *text_options(base, tmp_path), "--quantize", "bnb4")
+    assert not (tmp_path / "settings.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["bnb8", "torchao8"])
+def test_quantised_bases_learn_and_take_their_adapter(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, folder = tmp_path / "start", tmp_path / "out"
+    attach(llama(vocab_size=257), OPTIONS).save_pretrained(start)
+    byte_tokenizer().save_pretrained(start)
+    options = text_options(start, tmp_path)
+    found = run(monkeypatch, folder, *options, "--learning_rate", "1e-2", "--quantize", kind)
+    curve = found["runs"][0]["curve"]["loss"]
+    assert curve[-1] < curve[0] - 0.1
+
+    given = recipe.load_options(recipe.FineTuneOptions(checkpoint=str(start), quantize=kind))
+    quantised = AutoModelForCausalLM.from_pretrained(start, **given)
+    full = AutoModelForCausalLM.from_pretrained(start)
+    weights = [model.model.layers[0].mlp.up_proj.weight for model in (full, quantised)]
+    assert [type(weight) is torch.nn.Parameter for weight in weights] == [True, False]
+    before = losses(quantised)
+    torch.testing.assert_close(before, losses(full), atol=0.5, rtol=0.0)
+    assert losses(adapters.load_adapter(quantised, folder / "adapter")) < before - 0.1
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
