@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
+import torch
 from gluon_machine import Deadlock, launcher
 from kernel_device import needs_interpreter
 from test_hopper import CASES, check, problem_of
@@ -65,6 +67,21 @@ def test_programs_share_the_tiles_in_any_order_of_events(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     off_gpu(name, 64, 1, monkeypatch)
+
+
+def test_what_is_not_a_number_stays_in_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program takes tile after tile; nothing of one may reach the next."""
+    monkeypatch.setattr(launch, "forward_kernel", launcher("forward_kernel", 3))
+    problem = problem_of("more heads than programs", 64)
+    expected = launch.forward(problem)
+    query = problem.query.clone()
+    query[:, ::3, 5] = torch.nan
+    found = launch.forward(dataclasses.replace(problem, query=query))
+    spoilt = torch.zeros_like(expected[1], dtype=torch.bool)
+    spoilt[:, ::3, 5] = True
+    assert found[0][spoilt].isnan().all()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one[~spoilt], other[~spoilt])
 
 
 @pytest.mark.parametrize(

@@ -391,7 +391,7 @@ def finish(
     total = gl.convert_layout(gl.sum(total, 1), ROW)
     first = tile * (2 * HALF) + half * HALF
     query = first + gl.arange(0, HALF, ROW)
-    level = total * 0.0 + base
+    level = gl.zeros([HALF], gl.float32, ROW) + base
     normalise = 1.0 / LIFT
     if sinks is not None:
         sink = gl.load(
@@ -461,7 +461,7 @@ def consumer(
     if KEYED:
         factors = factors.load(SCORE)
     mbarrier.arrive(step_out.index(0), count=1)
-    nothing = lane_sums(score * 0.0, HALF, KEYS)
+    nothing = lane_sums(no_score, HALF, KEYS)
     weight, total, rounding = weigh(
         score, factors, begin, batch, seen, constants, (nothing, nothing), terms,
         SCORE, DTYPE, POWER, FOLDED, LIFT,
@@ -510,8 +510,7 @@ def consumer(
                 begin = (first + count - 1) * KEYS
                 seen = visibility(tile, batch, shape, tables, limits, half, HALF, ROW)
                 constants = constants_of(head, key_row, terms, POWER, FOLDED)
-                total = total * 0.0
-                rounding = total
+                total, rounding = nothing, nothing
             score = warpgroup_mma_wait(1, deps=[score])
             factors = factor_buffer.index(stage)
             if KEYED:
