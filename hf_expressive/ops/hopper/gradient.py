@@ -107,13 +107,14 @@ def finish_kernel(
     row = tl.program_id(0)
     place = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (ROWS * SIZE)
     element = tl.arange(0, ROWS * SIZE)
-    seen = element >= 0
-    if tiles is not None:
+    if tiles is None:
+        total = tl.load(sums + place + element)
+    else:
         pattern = tl.minimum(row // heads, patterns - 1)
         entry = tiles + (pattern * tl.num_programs(1) + tl.program_id(1)) * FIELDS
-        seen = element * 0 + tl.load(entry) < tl.load(entry + 1)
-    total = tl.load(sums + place + element, mask=seen, other=0.0) * final
-    total = total.reshape(ROWS // 64, 2, 4, 4, 4, SIZE // 64, 2, 4, 2, 2)
+        seen = tl.zeros((ROWS * SIZE,), tl.int32) + tl.load(entry) < tl.load(entry + 1)
+        total = tl.load(sums + place + element, mask=seen, other=0.0)
+    total = (total * final).reshape(ROWS // 64, 2, 4, 4, 4, SIZE // 64, 2, 4, 2, 2)
     total = total.permute(0, 3, 8, 4, 6, 1, 5, 2, 7, 9).reshape(ROWS, SIZE)
     query = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     size = tl.arange(0, SIZE)
