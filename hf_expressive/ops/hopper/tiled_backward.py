@@ -39,10 +39,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .plan import FIELDS, ROWS
-from .tiled_forward import _load, _store, band_of, number, reciprocal
+from .plan import ROWS
+from .tiled_forward import (
+    _load,
+    _store,
+    band_of,
+    entries_of,
+    number,
+    reciprocal,
+    seen_by_all,
+    seen_by_any,
+)
 
-_FIELDS = gl.constexpr(FIELDS)
 _ROWS = gl.constexpr(ROWS)
 #: Keys of a tile.
 _KEYS = gl.constexpr(128)
@@ -196,47 +204,6 @@ def span_of(tile, row, shape, spans, limits):
 
 
 @gluon.jit
-def seen_of(tile, entries, limits):
-    """[first, one past the last) of the keys that any query of a plan tile sees."""
-    if entries is None:
-        offset, left, right, num_keys = limits
-        last = gl.minimum(tile * _ROWS + _ROWS, num_keys - offset) - 1
-        low = band_of(tile * _ROWS, limits)[0]
-        high = band_of(last, limits)[1]
-    else:
-        low = gl.load(entries + tile * _FIELDS)
-        high = gl.load(entries + tile * _FIELDS + 1)
-    return low, high
-
-
-@gluon.jit
-def common_of(i, entries, limits, QUERIES: gl.constexpr):
-    """[first, one past the last) of the keys that all queries of a step see."""
-    if entries is None:
-        start = band_of(i * QUERIES + QUERIES - 1, limits)[0]
-        end = band_of(i * QUERIES, limits)[1]
-    else:
-        PER: gl.constexpr = _ROWS // QUERIES
-        entry = entries + i // PER * _FIELDS + i % PER * (4 // PER)
-        start = gl.load(entry + 2)
-        end = gl.load(entry + 3)
-        if PER == 1:
-            start = gl.maximum(start, gl.load(entry + 4))
-            end = gl.minimum(end, gl.load(entry + 5))
-    return start, end
-
-
-@gluon.jit
-def entries_of(batch, table, shape):
-    """The plan's numbers for the tiles of a sequence, or `None` where it needs none."""
-    tiles, rows, band, key_heads, group, patterns, query_tiles_count = shape
-    entries = table
-    if table is not None:
-        entries = table + gl.minimum(batch, patterns - 1) * query_tiles_count * _FIELDS
-    return entries
-
-
-@gluon.jit
 def next_item(index_buffer, index_in, index_out, turn, WARPS: gl.constexpr):
     """What the producer has published for this turn."""
     slot = turn & 1
@@ -280,7 +247,7 @@ def producer(
             key_head = row % key_heads
             first, last, count = span_of(tile, row, shape, spans, limits)
             key_start = tile * _KEYS
-            entries = entries_of(batch, table, shape)
+            entries = entries_of(batch, table, patterns, query_tiles_count)
             mbarrier.wait(keys_out, (turn & 1) ^ 1)
             mbarrier.expect(keys_in, key_tiles.block_type.nbytes)
             _load(key_tiles, [batch, key_head, key_start, 0], keys_in, key_buffer.index(0))
@@ -289,8 +256,8 @@ def producer(
                 head = key_head * group + member
                 for n in range(first * PER, last * PER):
                     i = gl.where(rising, (first + last) * PER - 1 - n, n)
-                    low, high = seen_of(i // PER, entries, limits)
-                    inner_start, inner_end = common_of(i, entries, limits, QUERIES)
+                    low, high = seen_by_any(i // PER, entries, limits)
+                    inner_start, inner_end = seen_by_all(i, entries, limits)
                     touched = (low < key_start + _KEYS) & (high > key_start)
                     if touched | (count == 0):
                         stage = step % STAGES
@@ -347,13 +314,13 @@ def writer(sum_tiles, buffers, barriers, spans, table, turns, shape, limits, QUE
         batch = row // key_heads
         first, last, count = span_of(tile, row, shape, spans, limits)
         key_start = tile * _KEYS
-        entries = entries_of(batch, table, shape)
+        entries = entries_of(batch, table, patterns, query_tiles_count)
         for member in range(group):
             head = row % key_heads * group + member
             flat_head = batch * key_heads * group + head
             own_turns = turns + flat_head * query_tiles_count * PER
             start = gl.where(rising, last - 1, first)
-            low, high = seen_of(start, entries, limits)
+            low, high = seen_by_any(start, entries, limits)
             arrived = arrivals(own_turns + gl.where(rising, last * PER - 1, first * PER))
             # The tile whose part is on its way, not known to have arrived.
             sent = -1
@@ -384,7 +351,7 @@ def writer(sum_tiles, buffers, barriers, spans, table, turns, shape, limits, QUE
                     step += 1
                 following = gl.minimum(n + 1, last * PER - 1)
                 following = gl.where(rising, (first + last) * PER - 1 - following, following)
-                low, high = seen_of(following // PER, entries, limits)
+                low, high = seen_by_any(following // PER, entries, limits)
                 arrived = arrivals(own_turns + following)
             if sent >= 0:
                 publish(own_turns + sent, "0")
@@ -624,8 +591,7 @@ def consumer(
 @gluon.jit(
     do_not_specialize=[
         "tiles", "rows", "band", "key_heads", "group", "patterns", "query_tiles_count",
-        "offset",
-        "left", "right", "num_keys",
+        "offset", "left", "right", "num_keys",
     ]
 )  # fmt: skip
 def backward_kernel(

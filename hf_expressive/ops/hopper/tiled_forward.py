@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .plan import FIELDS
+from .plan import FIELDS, ROWS
 
 # Triton 3.7 or so renamed the two bulk copies.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -39,6 +39,7 @@ _LOG2_E = gl.constexpr(1.4426950408889634)
 # Below the smallest normal number a row sum counts as zero, as in the reference.
 _TINY = gl.constexpr(1.1754943508222875e-38)
 _FIELDS = gl.constexpr(FIELDS)
+_ROWS = gl.constexpr(ROWS)
 
 
 @gluon.jit
@@ -110,10 +111,12 @@ def place(index, shape):
 
 
 @gluon.jit
-def entry_of(tile, batch, shape, table):
-    """Address of the plan's numbers for a tile."""
-    tiles, rows, band, heads, group, patterns, num_queries = shape
-    return table + (gl.minimum(batch, patterns - 1) * tiles + tile) * _FIELDS
+def entries_of(batch, table, patterns, count):
+    """The plan's numbers for the `count` tiles of a sequence, or `None` where it needs none."""
+    entries = table
+    if table is not None:
+        entries = table + gl.minimum(batch, patterns - 1) * count * _FIELDS
+    return entries
 
 
 @gluon.jit
@@ -125,7 +128,35 @@ def band_of(query, limits):
 
 
 @gluon.jit
-def item(index, shape, table, limits, ROWS: gl.constexpr, KEYS: gl.constexpr):
+def seen_by_any(tile, entries, limits):
+    """[first, one past the last) of the keys that any query of a tile sees."""
+    if entries is None:
+        offset, left, right, num_keys = limits
+        last = gl.minimum(tile * _ROWS + _ROWS, num_keys - offset) - 1
+        start = band_of(tile * _ROWS, limits)[0]
+        end = band_of(last, limits)[1]
+    else:
+        start = gl.load(entries + tile * _FIELDS)
+        end = gl.load(entries + tile * _FIELDS + 1)
+    return start, end
+
+
+@gluon.jit
+def seen_by_all(half, entries, limits):
+    """[first, one past the last) of the keys that all queries of a half see, the tile's being 2·tile
+    and 2·tile + 1."""
+    if entries is None:
+        start = band_of(half * (_ROWS // 2) + (_ROWS // 2 - 1), limits)[0]
+        end = band_of(half * (_ROWS // 2), limits)[1]
+    else:
+        entry = entries + half // 2 * _FIELDS + half % 2 * 2
+        start = gl.load(entry + 2)
+        end = gl.load(entry + 3)
+    return start, end
+
+
+@gluon.jit
+def item(index, shape, table, limits, KEYS: gl.constexpr):
     """(tile, batch, head, row of B · K, first block, number of blocks of keys) of a work item.
 
     A number of 0 or less: the tile sees nothing, and `plan.fill_empty` has written its rows.
@@ -134,13 +165,7 @@ def item(index, shape, table, limits, ROWS: gl.constexpr, KEYS: gl.constexpr):
     tile, row = place(gl.minimum(index, tiles * rows - 1), shape)
     batch = row // heads
     head = row - batch * heads
-    if table is None:
-        start = band_of(tile * ROWS, limits)[0]
-        end = band_of(gl.minimum(tile * ROWS + ROWS, num_queries) - 1, limits)[1]
-    else:
-        entry = entry_of(tile, batch, shape, table)
-        start = gl.load(entry)
-        end = gl.load(entry + 1)
+    start, end = seen_by_any(tile, entries_of(batch, table, patterns, tiles), limits)
     first = start // KEYS
     return tile, batch, head, row // group, first, gl.cdiv(end, KEYS) - first
 
@@ -194,16 +219,12 @@ def visibility(
     table, bounds = tables
     tiles, rows, band, heads, group, patterns, num_queries = shape
     tile = gl.maximum(tile, 0)
-    first = tile * (2 * HALF) + half * HALF
-    query = first + gl.arange(0, HALF, LAYOUT)
+    query = tile * (2 * HALF) + half * HALF + gl.arange(0, HALF, LAYOUT)
+    entries = entries_of(batch, table, patterns, tiles)
+    inner_start, inner_end = seen_by_all(2 * tile + half, entries, limits)
     if table is None:
         start, end = band_of(query, limits)
-        inner_start = band_of(first + HALF - 1, limits)[0]
-        inner_end = band_of(first, limits)[1]
     else:
-        entry = entry_of(tile, batch, shape, table)
-        inner_start = gl.load(entry + 2 + 2 * half)
-        inner_end = gl.load(entry + 3 + 2 * half)
         pattern = gl.minimum(batch, patterns - 1)
         start = gl.load(bounds + pattern * (tiles * 2 * HALF) + query)
         end = gl.load(bounds + (patterns + pattern) * (tiles * 2 * HALF) + query)
@@ -228,10 +249,10 @@ def producer(
     turn = 0
     values_batch, values_head, values_start = 0, 0, 0
     index = gl.program_id(0)
-    tile, batch, head, key_row, first, count = item(index, shape, table, limits, 2 * HALF, KEYS)
+    tile, batch, head, key_row, first, count = item(index, shape, table, limits, KEYS)
     while (count <= 0) & (index < total):
         index = following_item(counter)
-        tile, batch, head, key_row, first, count = item(index, shape, table, limits, 2 * HALF, KEYS)
+        tile, batch, head, key_row, first, count = item(index, shape, table, limits, KEYS)
     announce(index_buffer, 0, gl.where(index < total, tile, -1), batch, head, key_row, first, count)
     mbarrier.arrive(index_in.index(0), count=1)
     while index < total:
@@ -265,12 +286,10 @@ def producer(
                 _load(factor_tiles, [key_row, start], ready, factor_buffer.index(stage))
             values_batch, values_head, values_start = batch, key_head, start
             step += 1
-        tile, batch, head, key_row, first, count = item(index, shape, table, limits, 2 * HALF, KEYS)
+        tile, batch, head, key_row, first, count = item(index, shape, table, limits, KEYS)
         while (count <= 0) & (index < total):
             index = following_item(counter)
-            tile, batch, head, key_row, first, count = item(
-                index, shape, table, limits, 2 * HALF, KEYS
-            )
+            tile, batch, head, key_row, first, count = item(index, shape, table, limits, KEYS)
         turn += 1
         slot = turn & 1
         mbarrier.wait(index_out.index(slot), ((turn >> 1) & 1) ^ 1)
