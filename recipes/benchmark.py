@@ -7,10 +7,12 @@ On the CPU: expressive attention (blockwise) and the kernels of implicit kernel 
 PyTorch's softmax attention and against the formula written naively. On a GPU: the Triton kernels, for
 implicit kernel attention with and without its features and magnitudes, against cuDNN's and PyTorch's
 flash softmax attention, flex_attention with the expressive score, and FlashAttention-4 where it is
-installed; how close decoding comes to the bandwidth of a plain copy; what a call costs the host.
+installed; how close decoding comes to the bandwidth of a plain copy.
 
 Nothing is timed before its outputs and gradients agree with the float64 reference. Rivals take turns, so
-that a change of clock meets all of them; medians are reported with the 10th and 90th percentile.
+that a change of clock meets all of them; medians are reported with the 10th and 90th percentile. A GPU's
+time is that of calls queued beforehand; what launching one costs the host is reported beside it. A short
+call takes the longer of the two.
 TFLOP/s count 4·B·H·S²·D a forward pass, half of it when causal, and 2.5 times that for a backward pass.
 Results: recipes/results/benchmark_<device>.json and .png.
 """
@@ -48,6 +50,9 @@ from hf_expressive.ops.response import Response
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 RESULTS = Path(__file__).parent / "results"
 SQUARE = Response("square", epsilon=1e-5)
+#: Calls queued at most, so that their launches fit the driver's queue; what a waiting GPU counts.
+MOST_QUEUED = 40
+CYCLES_A_SECOND = 2e9
 
 
 @dataclass(frozen=True)
@@ -293,24 +298,42 @@ def check(name: str, attention: Attention, device: str, dtype: torch.dtype) -> N
 # --- Measuring --------------------------------------------------------------------------------------
 
 
-def timed(run: Callable[[], Any], device: str, least_seconds: float) -> float:
-    """Seconds of one call, averaged over as many as take `least_seconds`."""
+def timed(run: Callable[[], Any], device: str, least_seconds: float) -> tuple[float, float]:
+    """Seconds of one call on the device, and those the host takes to launch it.
+
+    Averaged over as many calls as take `least_seconds`. A GPU is kept busy with something else until all
+    of them are queued, so that its time is that of the work, however slow the host.
+    """
     if device == "cpu":
         began = time.perf_counter()
         run()
-        return time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        return seconds, seconds
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
     start.record()
     run()
     end.record()
+    host = time.perf_counter() - began
     end.synchronize()
-    count = max(1, round(least_seconds / max(start.elapsed_time(end) / 1e3, 1e-6)))
-    start.record()
-    for _ in range(count):
-        run()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end) / 1e3 / count)
+    count = round(least_seconds / max(start.elapsed_time(end) / 1e3, 1e-6))
+    count = min(max(1, count), MOST_QUEUED)
+    patience = 2.0 * host * count
+    for _ in range(4):
+        torch.cuda._sleep(int(patience * CYCLES_A_SECOND))
+        start.record()
+        began = time.perf_counter()
+        for _ in range(count):
+            run()
+        host = (time.perf_counter() - began) / count
+        end.record()
+        all_queued = not start.query()
+        end.synchronize()
+        if all_queued:
+            break
+        patience *= 2
+    return start.elapsed_time(end) / 1e3 / count, host
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -358,37 +381,8 @@ def copy_bandwidth() -> float:
     """Bytes a second, read and written, of a large copy on a GPU."""
     source = torch.randn(2**30, device="cuda")
     target = torch.empty_like(source)
-    seconds = [timed(lambda: target.copy_(source), "cuda", 0.05) for _ in range(5)]
+    seconds = [timed(lambda: target.copy_(source), "cuda", 0.05)[0] for _ in range(5)]
     return 2 * source.nbytes / statistics.median(seconds)
-
-
-def host_seconds(run: Callable[[], Any], calls: int = 200) -> float:
-    """Median seconds that Python takes to launch a call, while the GPU works behind."""
-    for _ in range(20):
-        run()
-    seconds = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(calls):
-            run()
-        seconds.append((time.perf_counter() - began) / calls)
-    torch.cuda.synchronize()
-    return statistics.median(seconds)
-
-
-def host_costs(chosen: dict[str, Attention], dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Microseconds of the host a call, on a problem too small to keep a GPU busy."""
-    records = []
-    for shape in (Shape(1, 4, 4, 256, 256, 64), Shape(1, 4, 4, 1, 256, 64)):
-        for name, attention in chosen.items():
-            for what, run in passes(attention, shape.tensors("cuda", dtype), "cuda").items():
-                if "graph" not in what:
-                    microseconds = round(host_seconds(run) * 1e6, 1)
-                    records.append(
-                        {"name": name, "shape": str(shape), "pass": what, "us": microseconds}
-                    )
-    return records
 
 
 def highest_resident() -> float:
@@ -428,13 +422,13 @@ def measure(
                 runs[name, what] = run
         except (RuntimeError, torch.OutOfMemoryError) as error:
             failed.append({"shape": str(shape), "name": name, "error": str(error).splitlines()[0]})
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    turns: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in runs}
     for _ in range(repeats):
         for key, run in runs.items():
-            seconds[key].append(timed(run, device, 0.02))
+            turns[key].append(timed(run, device, 0.02))
     records = []
-    for (name, what), values in seconds.items():
-        values.sort()
+    for (name, what), pairs in turns.items():
+        values, hosts = map(sorted, zip(*pairs, strict=True))
         median = statistics.median(values)
         cost = {"backward": 2.5, "forward + backward": 3.5}.get(what, 1.0)
         records.append(
@@ -446,6 +440,7 @@ def measure(
                 "milliseconds": round(median * 1e3, 4),
                 "p10": round(values[len(values) // 10] * 1e3, 4),
                 "p90": round(values[-1 - len(values) // 10] * 1e3, 4),
+                "host_milliseconds": round(statistics.median(hosts) * 1e3, 4),
                 "tflops": float(f"{cost * shape.flops / median / 1e12:.4g}"),
             }
         )
@@ -523,10 +518,6 @@ def run_cuda(repeats: int, longest: int) -> dict[str, Any]:
         "times": times,
         "memory": memory,
         "copy_bytes_per_second": float(f"{bandwidth:.4g}"),
-        "host": host_costs(
-            {n: run for n, run in own.items() if "Triton" not in n} | {"softmax, sdpa": softmax},
-            dtype,
-        ),
     }
 
 
@@ -563,6 +554,7 @@ def print_table(results: dict[str, Any]) -> None:
             f"{row['shape']:28} {row['pass']:19} {row['name']:28} {row['milliseconds']:10.3f} ms "
             f"[{row['p10']:.3f}, {row['p90']:.3f}] {row['tflops']:8.3g} TFLOP/s "
             f"{softmax_time / row['milliseconds']:5.2f} × softmax"
+            + (f", host {row['host_milliseconds']:.3f} ms" if "graph" not in row["pass"] else "")
             + (f" {row['share_of_copy']:.2f} of a copy" if "share_of_copy" in row else "")
         )
     for record in results["times"]:
@@ -570,10 +562,6 @@ def print_table(results: dict[str, Any]) -> None:
             print(f"{record['shape']:28} {record['name']:28} failed: {record['error']}")
     for row in results["memory"]:
         print(f"memory {row['keys']:6} keys {row['name']:28} {row['MiB']:10.1f} MiB")
-    for row in results.get("host", []):
-        print(
-            f"host   {row['shape']:28} {row['pass']:19} {row['name']:28} {row['us']:8.1f} µs a call"
-        )
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
