@@ -293,7 +293,7 @@ class _Namespace:
 
         gl = SimpleNamespace(
             constexpr=constexpr, int32=torch.int32, int64=torch.int64, float32=torch.float32,
-            bfloat16=torch.bfloat16,
+            bfloat16=torch.bfloat16, float16=torch.float16,
             SwizzledSharedLayout=layout, NVMMASharedLayout=layout, NVMMADistributedLayout=layout,
             SliceLayout=layout, DotOperandLayout=layout, BlockedLayout=layout,
             arange=lambda low, high, _: torch.arange(low, high),
@@ -306,7 +306,8 @@ class _Namespace:
             convert_layout=lambda value, _: value, static_range=range, load=_load_memory,
             allocate_shared_memory=self.allocate, atomic_add=self.atomic_add,
             warp_specialize=self.specialize, store=_store_memory,
-            sum=lambda value, dim: value.sum(dim), exp2=torch.exp2, log2=torch.log2,
+            sum=lambda value, dim: value.sum(dim), split=lambda value: value.unbind(-1),
+            exp2=torch.exp2, log2=torch.log2,
             program_id=lambda _: self.program, num_programs=lambda _: self.programs,
         )  # fmt: skip
         mbarrier = SimpleNamespace(
@@ -326,7 +327,9 @@ class _Namespace:
         return {
             "_add": self.add, "arrivals": self.arrivals, "publish": self.publish,
             "number": lambda buffer, place, _: buffer.index(place).load(None).max(),
-            "reciprocal": lambda x: 1.0 / x, "rounded": lambda x: x.bfloat16(),
+            "reciprocal": lambda x: 1.0 / x, "packed": lambda x: x.bfloat16().view(torch.int32),
+            "unpacked": lambda x, _: x.int().view(torch.bfloat16).float(),
+            "halves": lambda x, _: x.int().view(torch.bfloat16),
             "unsigned": lambda x: x.long() & 0xFFFFFFFF,
             "as_multiplied": lambda x, dtype, lift: (x * lift).to(dtype).float() / lift,
         }  # fmt: skip

@@ -6,8 +6,8 @@ sequences, grouped heads, learned gain and sinks, for head sizes 64 and 128. Wri
 (`tiled_forward`, `tiled_backward`). Deterministic: which program computes a tile varies, what it
 computes does not.
 
-Gradients of Hill responses in bfloat16 come from a backward kernel of five products; others, and those
-of short calls, from the portable kernels (`has_own_backward`).
+Gradients in bfloat16 come from a backward kernel of five products; those in float16, of short calls and
+with masks a key from the portable kernels (`has_own_backward`).
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ def backward(
     if has_own_backward(problem):
         from .gradient import gradients
 
-        return (*gradients(problem, out, log_normalizer, grad_out), None, None)
+        found = gradients(problem, out, log_normalizer, grad_out, need_key_bias=need_key_bias)
+        return (*found, None)
     return portable.backward(
         problem,
         out,
@@ -153,5 +154,4 @@ def has_own_backward(problem: AttentionProblem) -> bool:
 
     In float16 gradients of tiny scores would overflow before they are multiplied by the keys.
     """
-    covered = problem.response.kind == "hill" and problem.query.dtype == torch.bfloat16
-    return covered and is_faster(problem)
+    return problem.query.dtype == torch.bfloat16 and is_faster(problem)

@@ -1,11 +1,13 @@
 """From an `AttentionProblem` and the gradient of its output to a launch of the backward kernel.
 
-Three small kernels stand around it: one works out which queries see each tile of keys, one prepares
-δ and rows of dout divided by the normaliser, one turns the float32 sum for dq into the
-gradient in the dtype of the query.
+Small kernels stand around it: one works out which queries see each tile of keys, one clears what none
+sees, one prepares δ and rows of dout divided by the normaliser, one turns the float32 sum for dq into
+the gradient in the dtype of the query.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -13,7 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import AttentionProblem
+from ..triton.backward_key import write_key_gradients
+from ..triton.backward_query import write_query_gradient
+from ..triton.gradient import prepare
 from ..triton.launch import (
+    Call,
     ceil_div,
     contiguous_float,
     is_foldable,
@@ -30,6 +36,10 @@ QUERIES = 64
 # Queries, gradients and float32 sums of the heads that programs work on at a time should stay in the
 # L2 cache, of which an H200 has 50 MiB.
 _BAND_BYTES = 32 * 2**20
+# Mean number of items, for each program, in the last band of heads: under causality its longest item is
+# twice the mean, and with 2 the others have enough to do beside it. But not more bytes than these.
+_TAIL = 2
+_TAIL_BYTES = 4 * _BAND_BYTES
 # The largest row that `prepare_kernel` divides by a tiny sum must stay below the largest bfloat16.
 _LARGEST_LOGARITHM = 87.0
 
@@ -37,7 +47,7 @@ _LARGEST_LOGARITHM = 87.0
 @triton.jit(do_not_specialize=["num_tiles"])
 def span_kernel(tiles, spans, num_tiles, KEYS: tl.constexpr, FIELDS: tl.constexpr):
     """The plan seen from the keys: (first tile of queries that sees some of the keys of a tile, one
-    past the last, how many do); [0, 1) and 0 where none does."""
+    past the last, how many do)."""
     start = tl.program_id(0) * KEYS
     pattern = tl.program_id(1)
     tiles += pattern * num_tiles * FIELDS
@@ -54,45 +64,91 @@ def span_kernel(tiles, spans, num_tiles, KEYS: tl.constexpr, FIELDS: tl.constexp
         last = tl.maximum(last, tl.max(tl.where(touched, tile + 1, 0), 0))
         count += tl.sum(touched.to(tl.int32), 0)
     entry = spans + (pattern * tl.num_programs(0) + tl.program_id(0)) * 3
-    tl.store(entry, tl.where(count > 0, first, 0))
-    tl.store(entry + 1, tl.where(count > 0, last, 1))
+    tl.store(entry, first)
+    tl.store(entry + 1, last)
     tl.store(entry + 2, count)
 
 
-@triton.jit(do_not_specialize=["heads", "num_queries"])
-def prepare_kernel(
-    out, grad_out, log_normalizer, delta, scaled, turns, counter,
-    heads, num_queries, grad_batch, grad_head, grad_query, grad_size, limit,
-    SIZE: tl.constexpr, QUERIES: tl.constexpr,
+@triton.jit(do_not_specialize=["key_heads", "patterns", "num_keys", "first_seen"])
+def clear_kernel(
+    spans, grad_key, grad_value, grad_key_bias, key_heads, patterns, num_keys, first_seen,
+    SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dout and δ divided by the normaliser, for a tile of queries; sets the counters to 0."""
+    """Gradients 0 for the tiles of keys that no query sees.
+
+    first_seen: without `spans`, the first key that any query sees.
+    """
     row = tl.program_id(0)
+    tile = tl.program_id(1)
+    if spans is None:
+        if tile * KEYS + KEYS > first_seen:
+            return
+    else:
+        pattern = tl.minimum(row // key_heads, patterns - 1)
+        if tl.load(spans + (pattern * tl.num_programs(1) + tile) * 3 + 2) > 0:
+            return
+    key = tile * KEYS + tl.arange(0, KEYS)
+    inside = key < num_keys
+    place = row.to(tl.int64) * num_keys + key
+    nothing = tl.zeros((KEYS, 64), grad_key.dtype.element_ty)
+    for start in tl.static_range(0, SIZE, 64):
+        at = place[:, None] * SIZE + start + tl.arange(0, 64)[None, :]
+        tl.store(grad_key + at, nothing, mask=inside[:, None])
+    for start in tl.static_range(0, VALUE_SIZE, 64):
+        at = place[:, None] * VALUE_SIZE + start + tl.arange(0, 64)[None, :]
+        tl.store(grad_value + at, nothing, mask=inside[:, None])
+    if grad_key_bias is not None:
+        tl.store(grad_key_bias + place, tl.zeros((KEYS,), tl.float32), mask=inside)
+
+
+@triton.jit(do_not_specialize=["heads", "group", "num_queries", "patterns"])
+def prepare_kernel(
+    out, grad_out, log_normalizer, levels, steady, tiles, delta, scaled, turns, counter,
+    heads, group, num_queries, patterns, grad_batch, grad_head, grad_query, grad_size,
+    common_level, limit,
+    SIZE: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr,
+):  # fmt: skip
+    """dout and δ divided by the normaliser, for the queries of a step; sets the counters to 0.
+
+    levels, common_level: logarithm of what all weights of a key/value head, and of the call, lack.
+    steady: which key/value heads have such a level; the others' gradients are made otherwise.
+    """
+    row = tl.program_id(0)
+    part = tl.program_id(1)
+    tl.store(turns + row * tl.num_programs(1) + part, 0)
+    if row + part == 0:
+        tl.store(counter, 0)
     batch = row // heads
+    if tiles is not None:
+        # What sees nothing is never asked for.
+        count = tl.num_programs(1) // (ROWS // QUERIES)
+        entry = tl.minimum(batch, patterns - 1) * count + part // (ROWS // QUERIES)
+        if tl.load(tiles + entry * FIELDS) >= tl.load(tiles + entry * FIELDS + 1):
+            return
     head = row % heads
-    query = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
+    query = part * QUERIES + tl.arange(0, QUERIES)
     size = tl.arange(0, SIZE)
     known = query < num_queries
     inside = known[:, None] & (size >= 0)[None, :]
     place = batch.to(tl.int64) * grad_batch + head.to(tl.int64) * grad_head
     place = place + query[:, None].to(tl.int64) * grad_query + size[None, :] * grad_size
+    gradient = tl.load(grad_out + place, mask=inside, other=0.0).to(tl.float32)
     start = row.to(tl.int64) * num_queries
-    total = tl.load(log_normalizer + start + query, mask=known, other=float("-inf"))
-    # A tile that sees nothing is not read, but written: the kernel takes two such tiles as one.
-    count = tl.sum((total != float("-inf")).to(tl.int32), 0)
-    read = inside & (known.to(tl.int32) * count > 0)[:, None]
-    gradient = tl.load(grad_out + place, mask=read, other=0.0).to(tl.float32)
     place = (start + query)[:, None] * SIZE + size[None, :]
-    value = tl.load(out + place, mask=read, other=0.0).to(tl.float32)
+    value = tl.load(out + place, mask=inside, other=0.0).to(tl.float32)
     product = tl.sum(gradient * value, 1)
-    inverse = tl.exp2(tl.minimum(-total, limit) * 1.4426950408889634)
+    total = tl.load(log_normalizer + start + query, mask=known, other=float("-inf"))
+    level = common_level
+    if levels is not None:
+        level = level + tl.load(levels + row // group)
+    inverse = tl.exp2(tl.minimum(level - total, limit) * 1.4426950408889634)
     inverse = tl.where(total == float("-inf"), 0.0, inverse)
+    if steady is not None:
+        inverse = tl.where(tl.load(steady + row // group) != 0, inverse, 1.0)
     padded = row.to(tl.int64) * (tl.num_programs(1) * QUERIES) + query
     gradient = gradient * inverse[:, None]
     tl.store(scaled + place, gradient.to(scaled.dtype.element_ty), mask=inside)
     tl.store(delta + padded, product * inverse)
-    tl.store(turns + row * tl.num_programs(1) + tl.program_id(1), 0)
-    if row + tl.program_id(1) == 0:
-        tl.store(counter, 0)
 
 
 @triton.jit(do_not_specialize=["heads", "num_queries", "patterns"])
@@ -126,25 +182,50 @@ def finish_kernel(
 
 
 def gradients(
-    problem: AttentionProblem, out: Tensor, log_normalizer: Tensor, grad_out: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, in their shapes; arguments as of `ops.triton.backward`."""
-    query, key, value = problem.query, problem.key, problem.value
+    problem: AttentionProblem,
+    out: Tensor,
+    log_normalizer: Tensor,
+    grad_out: Tensor,
+    *,
+    need_key_bias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and, where needed, of `key_bias`, in their shapes.
+
+    Arguments as of `ops.triton.backward`; heads whose key bias spreads widely as in `launch.forward`.
+    """
+    query, key, value, response = problem.query, problem.key, problem.value, problem.response
     batch, heads, num_queries, size = query.shape
-    key_heads, num_keys = key.shape[1:3]
+    key_heads, num_keys, value_size = value.shape[1:]
     count = ceil_div(num_queries, ROWS)
     parts = ROWS // QUERIES
-    power = int(problem.response.power)
     # As in the forward kernel.
     folded = is_foldable(problem)
-    inverse, final = 1.0, 2.0 * power
-    if folded:
-        inverse = problem.scale ** (-2 * power)
-        final *= inverse
-    elif problem.gain is None:
+    common_level = 0.0
+    if response.kind == "square":
+        power, inverse, final = 0, response.epsilon, 2.0
+        if folded:
+            inverse /= problem.scale**2
+            common_level = 2.0 * math.log(abs(problem.scale))
+    else:
+        power, inverse = int(response.power), 1.0
+        final = 2.0 * power
+        if folded:
+            inverse = problem.scale ** (-2 * power)
+            final *= inverse
+    if not folded and problem.gain is None:
         final *= problem.scale
+    call = key_factor = levels = steady = None
+    if problem.key_bias is not None:
+        call = Call(problem)
+        key_factor, levels, steady = call.key_factor, call.level, call.steady
     key_tiles = ceil_div(num_keys, KEYS)
     new = query.new_empty
+    grad_query = new(batch, heads, num_queries, size)
+    grad_key = new(batch, key_heads, num_keys, size)
+    grad_value = new(batch, key_heads, num_keys, value_size)
+    grad_key_bias = new(batch, key_heads, num_keys, dtype=torch.float32) if need_key_bias else None
+    left, right = reach(problem)
+    first_seen = max(0, num_keys - num_queries + 1 - left)
     spans = seen = starts = ends = None
     patterns = 1
     if not is_arithmetic(problem):
@@ -155,6 +236,11 @@ def gradients(
         span_kernel[(key_tiles, patterns)](
             seen, spans, count, KEYS=KEYS, FIELDS=FIELDS, num_warps=4
         )
+    if spans is not None or first_seen >= KEYS:
+        clear_kernel[(batch * key_heads, key_tiles)](
+            spans, grad_key, grad_value, grad_key_bias, key_heads, patterns, num_keys, first_seen,
+            SIZE=size, VALUE_SIZE=value_size, KEYS=KEYS,
+        )  # fmt: skip
 
     width = count * ROWS
     delta = new(batch * heads, width, dtype=torch.float32)
@@ -162,18 +248,21 @@ def gradients(
     turns = new(batch * heads, count * parts, dtype=torch.int32)
     counter = new(1, dtype=torch.int32)
     prepare_kernel[(batch * heads, count * parts)](
-        out, grad_out, log_normalizer.contiguous(), delta, scaled, turns, counter,
-        heads, num_queries, *grad_out.stride(), _LARGEST_LOGARITHM,
-        SIZE=size, QUERIES=QUERIES,
+        out, grad_out, log_normalizer.contiguous(), levels, steady, seen,
+        delta, scaled, turns, counter,
+        heads, problem.group, num_queries, patterns, *grad_out.stride(),
+        common_level, _LARGEST_LOGARITHM,
+        SIZE=value_size, QUERIES=QUERIES, ROWS=ROWS, FIELDS=FIELDS,
     )  # fmt: skip
     # Whole tiles, because the elements of a step are in an order of their own: size × 64.
     sums = new(batch * heads, count * parts * size, QUERIES, dtype=torch.float32)
-    grad_key = new(batch, key_heads, num_keys, size)
-    grad_value = new(batch, key_heads, num_keys, size)
-    row_bytes = size * (2 * query.element_size() + 4)
-    band = max(1, _BAND_BYTES // (problem.group * num_queries * row_bytes))
-    band = min(band, batch * key_heads)
-    backward_kernel[(min(num_processors(problem), key_tiles * batch * key_heads),)](
+    row_bytes = (size + value_size) * query.element_size() + 4 * size
+    head_bytes = problem.group * num_queries * row_bytes
+    rows = batch * key_heads
+    band = min(max(1, _BAND_BYTES // head_bytes), rows)
+    programs = min(num_processors(problem), key_tiles * rows)
+    tail = min(ceil_div(_TAIL * programs, key_tiles), max(1, _TAIL_BYTES // head_bytes), rows)
+    backward_kernel[(programs,)](
         tiles(query, QUERIES),
         tiles(key, KEYS),
         tiles(value, KEYS),
@@ -187,20 +276,24 @@ def gradients(
         counter,
         turns,
         contiguous_float(problem.gain),
+        key_factor,
+        grad_key_bias,
         starts,
         ends,
         float(problem.scale),
         inverse,
         final,
         key_tiles,
-        batch * key_heads,
+        rows,
         band,
+        tail,
         key_heads,
         problem.group,
         patterns,
         count,
         num_keys - num_queries,
-        *reach(problem),
+        left,
+        right,
         num_keys,
         STAGES=3,
         POWER=power,
@@ -208,9 +301,13 @@ def gradients(
         SINGLE=problem.sinks is None,
         num_warps=8,
     )
-    grad_query = torch.empty_like(out)
     finish_kernel[(batch * heads, count)](
         sums, seen, grad_query, final, heads, num_queries, patterns,
         SIZE=size, ROWS=ROWS, FIELDS=FIELDS,
     )  # fmt: skip
-    return grad_query, grad_key, grad_value
+    if call is not None:
+        _, for_wide_spreads = call.rules()
+        prepared = prepare(call, out, log_normalizer, grad_out, for_wide_spreads)
+        write_key_gradients(prepared, for_wide_spreads, grad_key, grad_value, grad_key_bias)
+        write_query_gradient(prepared, for_wide_spreads, grad_query)
+    return grad_query, grad_key, grad_value, grad_key_bias

@@ -70,6 +70,8 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     half_precision = problem.query.dtype == torch.float16
     pair_bytes = num_keys * (size + value_size) * problem.key.element_size()
     band = min(max(1, _BAND_BYTES // pair_bytes) * problem.group, batch * heads)
+    # Masks shorten rows, and a band has less work: two of them end it without waits for a long row.
+    tail = min(band if problem.ranges is None else 2 * band, batch * heads)
     if tables is not None:
         fill_empty(tables, out, log_normalizer)
     programs = min(num_processors(problem), count * batch * heads)
@@ -95,6 +97,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         count,
         batch * heads,
         band,
+        tail,
         heads,
         problem.group,
         1 if tables is None else tables.patterns,

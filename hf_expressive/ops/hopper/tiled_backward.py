@@ -45,7 +45,9 @@ from .tiled_forward import (
     _store,
     band_of,
     entries_of,
+    lane_sums,
     number,
+    place_in_bands,
     reciprocal,
     seen_by_all,
     seen_by_any,
@@ -110,24 +112,55 @@ def publish(pointer, PENDING: gl.constexpr):
 
 
 @gluon.jit
-def rounded(x):
-    """x in bfloat16, here and now.
+def packed(x):
+    """Pairs of neighbours of x (M, N) as bfloat16 in the two halves of int32 (M, N/2), here and now.
 
     Until they are needed slopes do not fit into the registers as float32; and the compiler would put
     off the conversion, or the whole computation, until then.
     """
+    low, high = gl.split(x.reshape([x.shape[0], x.shape[1] // 2, 2]))
     return gl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.bfloat16, is_pure=False, pack=2
+        "cvt.rn.bf16x2.f32 $0, $2, $1;",
+        "=r,f,f",
+        [low, high],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
     )
+
+
+@gluon.jit
+def unpacked(pairs, LAYOUT: gl.constexpr):
+    """The float32 (M, N) of `packed` pairs."""
+    low = (pairs << 16).to(gl.float32, bitcast=True)
+    high = (pairs & -65536).to(gl.float32, bitcast=True)
+    whole = gl.join(low, high).reshape([pairs.shape[0], pairs.shape[1] * 2])
+    return gl.convert_layout(whole, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def halves(pairs, LAYOUT: gl.constexpr):
+    """The bfloat16 (M, N) of `packed` pairs."""
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], dtype=(gl.bfloat16, gl.bfloat16),
+        is_pure=True, pack=1,
+    )  # fmt: skip
+    whole = gl.join(low, high).reshape([pairs.shape[0], pairs.shape[1] * 2])
+    return gl.convert_layout(whole, LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
 def weight_and_slope(
     score, factor, inverse, GAIN: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr
 ):
-    """g and g' without its constant, of z = factor · score, in bfloat16; see `tiled_forward`."""
+    """g and g' without its constant, of z = factor · score; see `tiled_forward`."""
     if not FOLDED:
         score = score * factor
+    if POWER == 0:
+        slope = score
+        if GAIN:
+            slope = slope * factor
+        return score * score + inverse, slope
     root = score
     if POWER == 2:
         root = gl.minimum(score * score, 1e18)
@@ -140,7 +173,7 @@ def weight_and_slope(
     slope = slope * rest
     if GAIN:
         slope = slope * factor
-    return weight.to(gl.bfloat16), rounded(slope)
+    return weight, slope
 
 
 @gluon.jit
@@ -157,50 +190,60 @@ def bounds_of(query, item, tensors, limits):
 
 
 @gluon.jit
-def hide(score, query, item, tensors, limits, SCORE: gl.constexpr):
-    """The scores of a tile, 0 (weight and slope 0) where the key is hidden."""
+def visible_in(query, item, tensors, limits, SCORE: gl.constexpr):
+    """Which queries see which keys of a tile."""
     start, end = bounds_of(query, item, tensors, limits)
     first_key, bounds, first_head = item
     key = first_key + gl.arange(0, _KEYS, gl.SliceLayout(1, SCORE))
-    visible = (key[:, None] >= start[None, :]) & (key[:, None] < end[None, :])
-    return gl.where(visible, score, 0.0)
+    return (key[:, None] >= start[None, :]) & (key[:, None] < end[None, :])
 
 
 @gluon.jit
 def place(index, shape):
     """(tile of keys, row of B · K, rising) of a work item: band by band of heads.
 
-    A band starts with its last keys and steps through queries upwards. The last band is `rising`: it
-    starts with its first keys and steps downwards, so that with causality the short items end the work.
+    A band starts with its last keys and steps through queries upwards. The last one, of `tail` heads, is
+    `rising`: it starts with its first keys and steps downwards, so that with causality the short items
+    end the work.
     """
-    tiles, rows, band, key_heads, group, patterns, query_tiles_count = shape
-    area = tiles * band
-    first = index // area * band
-    rest = index % area
-    width = gl.minimum(band, rows - first)
-    rising = first + band >= rows
-    tile = rest // width
-    return gl.where(rising, tile, tiles - 1 - tile), first + rest % width, rising
+    tiles, rows, band, tail, key_heads, group, patterns, query_tiles_count = shape
+    position, row, rising = place_in_bands(index, tiles, rows, band, tail)
+    return gl.where(rising, position, tiles - 1 - position), row, rising
 
 
 @gluon.jit
 def span_of(tile, row, shape, spans, limits):
     """(first plan tile, one past the last, how many) of those that see some of the keys."""
-    tiles, rows, band, key_heads, group, patterns, query_tiles_count = shape
+    tiles, rows, band, tail, key_heads, group, patterns, query_tiles_count = shape
     if spans is None:
         offset, left, right, num_keys = limits
         start = tile * _KEYS
         first = gl.maximum(start - (offset + right - 1), 0) // _ROWS
         last = gl.minimum(start + (_KEYS - 1 + left - 1 - offset), num_keys - offset - 1)
         count = gl.where(last >= 0, gl.maximum(last // _ROWS + 1 - first, 0), 0)
-        first = gl.where(count > 0, first, 0)
-        last = gl.maximum(first + count, 1)
+        last = first + count
     else:
         entry = spans + (gl.minimum(row // key_heads, patterns - 1) * tiles + tile) * 3
         first = gl.load(entry)
         last = gl.load(entry + 1)
         count = gl.load(entry + 2)
     return first, last, count
+
+
+@gluon.jit
+def following_item(counter, spans, shape, limits):
+    """The next work item that no program has taken yet and whose keys some query sees, or one past the
+    last; `gradient.clear_kernel` writes the others' gradients."""
+    tiles, rows, band, tail, key_heads, group, patterns, query_tiles_count = shape
+    total = tiles * rows
+    index = gl.atomic_add(counter, 1)
+    tile, row, rising = place(gl.minimum(index, total - 1), shape)
+    first, last, count = span_of(tile, row, shape, spans, limits)
+    while (count == 0) & (index < total):
+        index = gl.atomic_add(counter, 1)
+        tile, row, rising = place(gl.minimum(index, total - 1), shape)
+        first, last, count = span_of(tile, row, shape, spans, limits)
+    return index
 
 
 @gluon.jit
@@ -221,13 +264,13 @@ def producer(
     query_tiles, key_tiles, value_tiles, grad_tiles, delta_tiles = descriptors
     (
         query_buffer, key_buffer, value_buffer, grad_buffer, delta_buffer, index_buffer,
-        code_buffer, slope_buffer, sum_buffer,
+        code_buffer, slope_buffer, sum_buffer, key_staging,
     ) = buffers  # fmt: skip
     (
         keys_in, keys_out, values_in, values_out, queries_in, queries_out, grads_in, grads_out,
         sum_in, sum_out, index_in, index_out,
     ) = barriers  # fmt: skip
-    tiles, rows, band, key_heads, group, patterns, query_tiles_count = shape
+    tiles, rows, band, tail, key_heads, group, patterns, query_tiles_count = shape
     total = tiles * rows
     QUERIES: gl.constexpr = query_tiles.block_shape[2]
     PER: gl.constexpr = _ROWS // QUERIES
@@ -235,7 +278,7 @@ def producer(
     GRAD_BYTES: gl.constexpr = grad_tiles.block_type.nbytes + delta_tiles.block_type.nbytes
     step = 0
     turn = 0
-    index = gl.atomic_add(counter, 1)
+    index = following_item(counter, spans, shape, limits)
     while index >= 0:
         slot = turn & 1
         mbarrier.wait(index_out.index(slot), ((turn >> 1) & 1) ^ 1)
@@ -259,7 +302,7 @@ def producer(
                     low, high = seen_by_any(i // PER, entries, limits)
                     inner_start, inner_end = seen_by_all(i, entries, limits)
                     touched = (low < key_start + _KEYS) & (high > key_start)
-                    if touched | (count == 0):
+                    if touched:
                         stage = step % STAGES
                         ready = queries_in.index(stage)
                         mbarrier.wait(queries_out.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -287,7 +330,7 @@ def producer(
                             mbarrier.expect(values_in, value_tiles.block_type.nbytes)
                             at = [batch, key_head, key_start, 0]
                             _load(value_tiles, at, values_in, value_buffer.index(0))
-            index = gl.atomic_add(counter, 1)
+            index = following_item(counter, spans, shape, limits)
         else:
             index = -1
         turn += 1
@@ -297,13 +340,13 @@ def producer(
 def writer(sum_tiles, buffers, barriers, spans, table, turns, shape, limits, QUERIES: gl.constexpr):
     (
         query_buffer, key_buffer, value_buffer, grad_buffer, delta_buffer, index_buffer,
-        code_buffer, slope_buffer, sum_buffer,
+        code_buffer, slope_buffer, sum_buffer, key_staging,
     ) = buffers  # fmt: skip
     (
         keys_in, keys_out, values_in, values_out, queries_in, queries_out, grads_in, grads_out,
         sum_in, sum_out, index_in, index_out,
     ) = barriers  # fmt: skip
-    tiles, rows, band, key_heads, group, patterns, query_tiles_count = shape
+    tiles, rows, band, tail, key_heads, group, patterns, query_tiles_count = shape
     total = tiles * rows
     PER: gl.constexpr = _ROWS // QUERIES
     step = 0
@@ -344,10 +387,6 @@ def writer(sum_tiles, buffers, barriers, spans, table, turns, shape, limits, QUE
                     if sent >= 0:
                         publish(own_turns + sent, "1")
                     sent = i
-                    step += 1
-                elif count == 0:
-                    mbarrier.wait(sum_in, step & 1)
-                    mbarrier.arrive(sum_out, count=1)
                     step += 1
                 following = gl.minimum(n + 1, last * PER - 1)
                 following = gl.where(rising, (first + last) * PER - 1 - following, following)
@@ -390,7 +429,7 @@ def scores_of(query_buffer, key_buffer, step, STAGES: gl.constexpr):
 def bracket_of(delta, value_buffer, grad_buffer, step):
     """Starts V·doutᵀ − δ."""
     QUERIES: gl.constexpr = grad_buffer.shape[3]
-    SIZE: gl.constexpr = grad_buffer.shape[4]
+    SIZE: gl.constexpr = value_buffer.shape[4]
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
     grads = grad_buffer.index(step & 1).reshape([QUERIES, SIZE])
     return warpgroup_mma(
@@ -401,9 +440,10 @@ def bracket_of(delta, value_buffer, grad_buffer, step):
 
 @gluon.jit
 def weigh(
-    score, code, member, item, terms, tensors, limits, POWER: gl.constexpr, FOLDED: gl.constexpr
+    score, factors, code, member, item, terms, tensors, limits,
+    POWER: gl.constexpr, FOLDED: gl.constexpr,
 ):  # fmt: skip
-    """Weights, as an operand, and slopes of a step."""
+    """Weights, as an operand and without the factors of the keys, and `packed` slopes of a step."""
     QUERIES: gl.constexpr = score.shape[1]
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
     gain, starts, ends = tensors
@@ -411,10 +451,28 @@ def weigh(
     first_key, bounds, first_head = item
     if gain is not None:
         factor = factor * gl.load(gain + first_head + member)
-    if code & 1:
-        query = (code >> 1) * QUERIES + gl.arange(0, QUERIES, gl.SliceLayout(0, SCORE))
-        score = hide(score, query, item, tensors, limits, SCORE)
-    return weight_and_slope(score, factor, inverse, gain is not None, POWER, FOLDED)
+    query = (code >> 1) * QUERIES + gl.arange(0, QUERIES, gl.SliceLayout(0, SCORE))
+    if POWER > 0:
+        if code & 1:  # weight and slope of score 0 are 0
+            score = gl.where(visible_in(query, item, tensors, limits, SCORE), score, 0.0)
+        weight, slope = weight_and_slope(score, factor, inverse, gain is not None, POWER, FOLDED)
+        weight = weight.to(gl.bfloat16)
+        slopes = packed(slope)
+    else:
+        weight, slope = weight_and_slope(score, factor, inverse, gain is not None, POWER, FOLDED)
+        if factors is not None:
+            slope = slope * factors[:, None]
+        # Hidden as pairs: registers do not hold both of them as float32.
+        weights = packed(weight)
+        slopes = packed(slope)
+        if code & 1:
+            visible = gl.where(visible_in(query, item, tensors, limits, SCORE), -1, 0)
+            low, high = gl.split(visible.reshape([_KEYS, QUERIES // 2, 2]))
+            shown = (low & 65535) | (high & -65536)
+            weights = weights & shown
+            slopes = slopes & shown
+        weight = halves(weights, SCORE)
+    return weight, slopes
 
 
 @gluon.jit
@@ -431,19 +489,31 @@ def add_to_values(value_sum, weight, grad_buffer, step):
 
 @gluon.jit
 def store_slope(
-    bracket, slope, code, slope_buffer, step, item, tensors, limits, SINGLE: gl.constexpr
-):
-    """dSᵀ to shared memory, fenced: after the next barrier both warp groups may multiply by it."""
+    bracket, slope, bracket_sum, code, slope_buffer, step, item, tensors, limits,
+    SINGLE: gl.constexpr, BIASED: gl.constexpr,
+):  # fmt: skip
+    """dSᵀ to shared memory, fenced: after the next barrier both warp groups may multiply by it.
+
+    Returns:
+        `bracket_sum`, with `BIASED` raised by the sum of what each key's brackets are over the queries
+        that see it, within each thread: (keys, 4).
+    """
     QUERIES: gl.constexpr = bracket.shape[1]
-    if SINGLE:  # noqa: SIM102 - decided at compile time
+    SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
+    if SINGLE or BIASED:  # noqa: SIM102 - decided at compile time
         if code & 1:
-            # The bracket of a row that sees one key is a difference of two roundings.
-            SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
             query = (code >> 1) * QUERIES + gl.arange(0, QUERIES, gl.SliceLayout(0, SCORE))
-            start, end = bounds_of(query, item, tensors, limits)
-            bracket = gl.where((end - start > 1)[None, :], bracket, 0.0)
-    slope_buffer.index(step & 1).store((slope.to(gl.float32) * bracket).to(gl.bfloat16))
+            if SINGLE:
+                # The bracket of a row that sees one key is a difference of two roundings.
+                start, end = bounds_of(query, item, tensors, limits)
+                bracket = gl.where((end - start > 1)[None, :], bracket, 0.0)
+            if BIASED:
+                bracket = gl.where(visible_in(query, item, tensors, limits, SCORE), bracket, 0.0)
+    if BIASED:
+        bracket_sum = bracket_sum + lane_sums(bracket, _KEYS, QUERIES)
+    slope_buffer.index(step & 1).store((unpacked(slope, SCORE) * bracket).to(gl.bfloat16))
     fence_async_shared()
+    return bracket_sum
 
 
 @gluon.jit
@@ -483,24 +553,32 @@ def store_part(query_part, sum_buffer):
 
 @gluon.jit
 def consumer(
-    out_tiles, buffers, barriers, spans, terms, tensors, limits, shape,
+    out_tiles, key_terms, buffers, barriers, spans, terms, tensors, limits, shape,
     STAGES: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr, SINGLE: gl.constexpr,
 ):  # fmt: skip
     (
         query_buffer, key_buffer, value_buffer, grad_buffer, delta_buffer, index_buffer,
-        code_buffer, slope_buffer, sum_buffer,
+        code_buffer, slope_buffer, sum_buffer, key_staging,
     ) = buffers  # fmt: skip
     (
         keys_in, keys_out, values_in, values_out, queries_in, queries_out, grads_in, grads_out,
         sum_in, sum_out, index_in, index_out,
     ) = barriers  # fmt: skip
-    tiles, rows, band, key_heads, group, patterns, query_tiles_count = shape
+    tiles, rows, band, tail, key_heads, group, patterns, query_tiles_count = shape
     grad_key_tiles, grad_value_tiles = out_tiles
+    key_factors, grad_key_bias = key_terms
     scale, inverse, final = terms
+    gain, starts, ends = tensors
+    offset, left, right, num_keys = limits
     QUERIES: gl.constexpr = query_buffer.shape[3]
     SIZE: gl.constexpr = query_buffer.shape[4]
+    VALUE_SIZE: gl.constexpr = value_buffer.shape[4]
     PER: gl.constexpr = _ROWS // QUERIES
+    BIASED: gl.constexpr = grad_key_bias is not None
+    SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, SIZE, 16])
+    VALUE_SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, VALUE_SIZE, 16])
+    KEY: gl.constexpr = gl.SliceLayout(1, SCORE)
     step = 0
     turn = 0
     index = next_item(index_buffer, index_in, index_out, turn, 8)
@@ -508,18 +586,24 @@ def consumer(
         tile, row, rising = place(index, shape)
         batch = row // key_heads
         pattern = gl.minimum(batch, patterns - 1)
-        each = gl.maximum(span_of(tile, row, shape, spans, limits)[2], 1) * PER
+        each = span_of(tile, row, shape, spans, limits)[2] * PER
         item = (tile * _KEYS, pattern * (query_tiles_count * _ROWS), row % key_heads * group)
-        nothing_yet = gl.zeros([_KEYS, SIZE], gl.float32, SUM)
-        key_sum = nothing_yet
+        key_sum = gl.zeros([_KEYS, SIZE], gl.float32, SUM)
+        bracket_sum = lane_sums(gl.zeros([_KEYS, QUERIES], gl.float32, SCORE), _KEYS, QUERIES)
+        factors = key_factors
+        if key_factors is not None:
+            key = tile * _KEYS + gl.arange(0, _KEYS, KEY)
+            key_place = row.to(gl.int64) * num_keys + key
+            factors = gl.load(key_factors + key_place, mask=key < num_keys, other=0.0)
 
         mbarrier.wait(keys_in, turn & 1)
         mbarrier.wait(queries_in.index(step % STAGES), (step // STAGES) & 1)
         score = warpgroup_mma_wait(0, deps=[scores_of(query_buffer, key_buffer, step, STAGES)])
         mbarrier.wait(grads_in.index(step & 1), (step >> 1) & 1)
         code = code_of(code_buffer, step)
-        weight, slope = weigh(score, code, 0, item, terms, tensors, limits, POWER, FOLDED)
-        value_sum = add_to_values(nothing_yet, weight, grad_buffer, step)
+        weight, slope = weigh(score, factors, code, 0, item, terms, tensors, limits, POWER, FOLDED)
+        no_values = gl.zeros([_KEYS, VALUE_SIZE], gl.float32, VALUE_SUM)
+        value_sum = add_to_values(no_values, weight, grad_buffer, step)
         delta = delta_of(delta_buffer, step)
         value_sum = warpgroup_mma_wait(1, deps=[value_sum])
         mbarrier.wait(values_in, turn & 1)
@@ -533,7 +617,10 @@ def consumer(
             mbarrier.wait(queries_in.index(following % STAGES), (following // STAGES) & 1)
             score = scores_of(query_buffer, key_buffer, following, STAGES)
             bracket = warpgroup_mma_wait(1, deps=[bracket])
-            store_slope(bracket, slope, code, slope_buffer, step, item, tensors, limits, SINGLE)
+            bracket_sum = store_slope(
+                bracket, slope, bracket_sum, code, slope_buffer, step, item, tensors, limits,
+                SINGLE, BIASED,
+            )  # fmt: skip
             mbarrier.arrive(grads_out.index(step & 1), count=1)
             mbarrier.wait(grads_in.index(following & 1), (following >> 1) & 1)
             code = code_of(code_buffer, following)
@@ -541,7 +628,7 @@ def consumer(
             key_part = add_to_keys(key_sum, slope_buffer, query_buffer, step, STAGES)
             score = warpgroup_mma_wait(2, deps=[score])
             weight, slope = weigh(
-                score, code, position // each, item, terms, tensors, limits, POWER, FOLDED
+                score, factors, code, position // each, item, terms, tensors, limits, POWER, FOLDED
             )
             # Loaded here: between the stores of dq it would wait for these, earlier it has no registers.
             delta = delta_of(delta_buffer, following)
@@ -560,24 +647,43 @@ def consumer(
         fence_async_shared()
         mbarrier.arrive(sum_in, count=1, pred=each * group > 1)
         bracket, value_sum = warpgroup_mma_wait(0, deps=[bracket, value_sum])
-        store_slope(bracket, slope, code, slope_buffer, step, item, tensors, limits, SINGLE)
+        bracket_sum = store_slope(
+            bracket, slope, bracket_sum, code, slope_buffer, step, item, tensors, limits,
+            SINGLE, BIASED,
+        )  # fmt: skip
         mbarrier.arrive(grads_out.index(step & 1), count=1)
         before = step
         step += 1
         query_part = part_of_queries(slope_buffer, key_buffer, before)
         key_part = add_to_keys(key_sum, slope_buffer, query_buffer, before, STAGES)
-        # dv and then dk leave through the place of the values; that of the keys is free for others.
         staging = value_buffer.index(0)
-        staging.reshape([_KEYS, SIZE]).store(value_sum.to(gl.bfloat16))
+        if key_factors is not None:
+            value_sum = (
+                value_sum * gl.convert_layout(factors, gl.SliceLayout(1, VALUE_SUM))[:, None]
+            )
+        staging.reshape([_KEYS, VALUE_SIZE]).store(value_sum.to(gl.bfloat16))
         fence_async_shared()
         at = [batch, row % key_heads, tile * _KEYS, 0]
         _store(grad_value_tiles, at, staging)
         mbarrier.wait(sum_out, (before & 1) ^ 1)
         query_part, key_total = warpgroup_mma_wait(0, deps=[query_part, key_part])
         mbarrier.arrive(queries_out.index(before % STAGES), count=1)
-        mbarrier.arrive(keys_out, count=1)
         store_part(query_part, sum_buffer)
+        if BIASED:
+            # Σ P·bracket: of the squares, Σ s·dS, what k_j·dk_j is; the rest is a constant a key.
+            keys = key_buffer.index(0).reshape([_KEYS, SIZE]).load(SUM).to(gl.float32)
+            squares = gl.convert_layout(gl.sum(keys * key_total, 1), KEY)
+            if not FOLDED and gain is None:
+                squares = squares * scale
+            rest = gl.convert_layout(gl.sum(bracket_sum, 1), KEY) * inverse
+            if key_factors is not None:
+                rest = rest * factors
+            key = tile * _KEYS + gl.arange(0, _KEYS, KEY)
+            place_of_key = row.to(gl.int64) * num_keys + key
+            gl.store(grad_key_bias + place_of_key, squares + rest, mask=key < num_keys)
+        mbarrier.arrive(keys_out, count=1)
         tma.store_wait(0)
+        staging = key_staging.index(0)
         staging.reshape([_KEYS, SIZE]).store((key_total * final).to(gl.bfloat16))
         fence_async_shared()
         mbarrier.arrive(sum_in, count=1)
@@ -590,7 +696,7 @@ def consumer(
 
 @gluon.jit(
     do_not_specialize=[
-        "tiles", "rows", "band", "key_heads", "group", "patterns", "query_tiles_count",
+        "tiles", "rows", "band", "tail", "key_heads", "group", "patterns", "query_tiles_count",
         "offset", "left", "right", "num_keys",
     ]
 )  # fmt: skip
@@ -598,13 +704,14 @@ def backward_kernel(
     query_tiles, key_tiles, value_tiles, grad_tiles, delta_tiles, sum_tiles,
     grad_key_tiles, grad_value_tiles,
     spans, table, counter, turns,
-    gain, starts, ends, scale, inverse, final,
-    tiles, rows, band, key_heads, group, patterns, query_tiles_count,
+    gain, key_factors, grad_key_bias, starts, ends, scale, inverse, final,
+    tiles, rows, band, tail, key_heads, group, patterns, query_tiles_count,
     offset, left, right, num_keys,
     STAGES: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr, SINGLE: gl.constexpr,
 ):  # fmt: skip
     QUERIES: gl.constexpr = query_tiles.block_shape[2]
     SIZE: gl.constexpr = query_tiles.block_shape[3]
+    VALUE_SIZE: gl.constexpr = value_tiles.block_shape[3]
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     SQUARE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -612,12 +719,18 @@ def backward_kernel(
         gl.bfloat16, [STAGES, 1, 1, QUERIES, SIZE], query_tiles.layout
     )
     grad_buffer = gl.allocate_shared_memory(
-        gl.bfloat16, [2, 1, 1, QUERIES, SIZE], grad_tiles.layout
+        gl.bfloat16, [2, 1, 1, QUERIES, VALUE_SIZE], grad_tiles.layout
     )
     key_buffer = gl.allocate_shared_memory(gl.bfloat16, [1, 1, 1, _KEYS, SIZE], key_tiles.layout)
     value_buffer = gl.allocate_shared_memory(
-        gl.bfloat16, [1, 1, 1, _KEYS, SIZE], value_tiles.layout
+        gl.bfloat16, [1, 1, 1, _KEYS, VALUE_SIZE], value_tiles.layout
     )
+    # dv and then dk leave through the place of the values; that of the keys is free for others.
+    key_staging = value_buffer
+    if SIZE != VALUE_SIZE:
+        key_staging = gl.allocate_shared_memory(
+            gl.bfloat16, [1, 1, 1, _KEYS, SIZE], grad_key_tiles.layout
+        )
     slope_buffer = gl.allocate_shared_memory(gl.bfloat16, [2, _KEYS, QUERIES], SQUARE)
     sum_buffer = gl.allocate_shared_memory(gl.float32, [1, SIZE, 64], sum_tiles.layout)
     delta_buffer = gl.allocate_shared_memory(gl.float32, [2, 1, QUERIES], delta_tiles.layout)
@@ -654,20 +767,21 @@ def backward_kernel(
     descriptors = (query_tiles, key_tiles, value_tiles, grad_tiles, delta_tiles)
     buffers = (
         query_buffer, key_buffer, value_buffer, grad_buffer, delta_buffer, index_buffer,
-        code_buffer, slope_buffer, sum_buffer,
+        code_buffer, slope_buffer, sum_buffer, key_staging,
     )  # fmt: skip
     barriers = (
         keys_in, keys_out, values_in, values_out, queries_in, queries_out, grads_in, grads_out,
         sum_in, sum_out, index_in, index_out,
     )  # fmt: skip
-    shape = (tiles, rows, band, key_heads, group, patterns, query_tiles_count)
+    shape = (tiles, rows, band, tail, key_heads, group, patterns, query_tiles_count)
     terms = (scale, inverse, final)
     tensors = (gain, starts, ends)
     limits = (offset, left, right, num_keys)
     out_tiles = (grad_key_tiles, grad_value_tiles)
+    key_terms = (key_factors, grad_key_bias)
     gl.warp_specialize(
         [
-            (consumer, (out_tiles, buffers, barriers, spans, terms, tensors, limits, shape,
+            (consumer, (out_tiles, key_terms, buffers, barriers, spans, terms, tensors, limits, shape,
                         STAGES, POWER, FOLDED, SINGLE)),
             (producer, (descriptors, buffers, barriers, spans, table, counter, shape, limits,
                         STAGES)),

@@ -100,14 +100,26 @@ def lane_sums(weight, HALF: gl.constexpr, KEYS: gl.constexpr):
 
 
 @gluon.jit
+def place_in_bands(index, tiles, rows, band, tail):
+    """(position among the tiles, row, whether in the last band) of a work item.
+
+    Rows are worked on in bands of `band`, at the end one of `tail`: all first tiles of a band, then all
+    second ones.
+    """
+    others = rows - tail
+    is_last = index >= tiles * others
+    first = gl.where(is_last, others, index // (tiles * band) * band)
+    rest = index - tiles * first
+    width = gl.where(is_last, tail, gl.minimum(band, others - first))
+    return rest // width, first + rest % width, is_last
+
+
+@gluon.jit
 def place(index, shape):
     """(tile, row of B · H) of a work item: band by band of heads, the last tiles of a band first."""
-    tiles, rows, band, heads, group, patterns, num_queries = shape
-    area = tiles * band
-    first = index // area * band
-    rest = index % area
-    width = gl.minimum(band, rows - first)
-    return tiles - 1 - rest // width, first + rest % width
+    tiles, rows, band, tail, heads, group, patterns, num_queries = shape
+    position, row, is_last = place_in_bands(index, tiles, rows, band, tail)
+    return tiles - 1 - position, row
 
 
 @gluon.jit
@@ -161,7 +173,7 @@ def item(index, shape, table, limits, KEYS: gl.constexpr):
 
     A number of 0 or less: the tile sees nothing, and `plan.fill_empty` has written its rows.
     """
-    tiles, rows, band, heads, group, patterns, num_queries = shape
+    tiles, rows, band, tail, heads, group, patterns, num_queries = shape
     tile, row = place(gl.minimum(index, tiles * rows - 1), shape)
     batch = row // heads
     head = row - batch * heads
@@ -217,7 +229,7 @@ def visibility(
 ):  # fmt: skip
     """What half a tile sees: [start, end) of what all of its queries see, and of each."""
     table, bounds = tables
-    tiles, rows, band, heads, group, patterns, num_queries = shape
+    tiles, rows, band, tail, heads, group, patterns, num_queries = shape
     tile = gl.maximum(tile, 0)
     query = tile * (2 * HALF) + half * HALF + gl.arange(0, HALF, LAYOUT)
     entries = entries_of(batch, table, patterns, tiles)
@@ -239,7 +251,7 @@ def producer(
     query_tiles, key_tiles, value_tiles, factor_tiles = descriptors
     query_buffer, key_buffer, value_buffer, factor_buffer, index_buffer, out_buffer = buffers
     queries_in, queries_out, step_in, step_out, index_in, index_out = barriers
-    tiles, rows, band, heads, group, patterns, num_queries = shape
+    tiles, rows, band, tail, heads, group, patterns, num_queries = shape
     total, key_heads = tiles * rows, heads // group
     KEY_BYTES: gl.constexpr = key_tiles.block_type.nbytes + (
         0 if factor_tiles is None else factor_tiles.block_type.nbytes
@@ -404,7 +416,7 @@ def finish(
         scale, gain, sinks, sinks_batch, sinks_head, sinks_query, keys, keys_batch,
         levels, common_level, epsilon,
     ) = terms  # fmt: skip
-    tiles, rows, band, heads, group, patterns, num_queries = shape
+    tiles, rows, band, tail, heads, group, patterns, num_queries = shape
     HALF: gl.constexpr = out.shape[0]
     rounding = gl.convert_layout(gl.sum(rounding, 1), ROW)
     total = gl.convert_layout(gl.sum(total, 1), ROW)
@@ -555,7 +567,7 @@ def consumer(
 
 @gluon.jit(
     do_not_specialize=[
-        "tiles", "rows", "band", "heads", "group", "patterns", "num_queries",
+        "tiles", "rows", "band", "tail", "heads", "group", "patterns", "num_queries",
         "offset", "left", "right", "num_keys",
     ]
 )  # fmt: skip
@@ -564,7 +576,7 @@ def forward_kernel(
     table, bounds, counter,
     gain, sinks, keys, levels,
     scale, common_level, epsilon, sinks_batch, sinks_head, sinks_query, keys_batch,
-    tiles, rows, band, heads, group, patterns, num_queries, offset, left, right, num_keys,
+    tiles, rows, band, tail, heads, group, patterns, num_queries, offset, left, right, num_keys,
     HALF: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, POWER: gl.constexpr,
     FOLDED: gl.constexpr, LIFT: gl.constexpr,
 ):  # fmt: skip
@@ -613,7 +625,7 @@ def forward_kernel(
         scale, gain, sinks, sinks_batch, sinks_head, sinks_query, keys, keys_batch,
         levels, common_level, epsilon,
     )  # fmt: skip
-    shape = (tiles, rows, band, heads, group, patterns, num_queries)
+    shape = (tiles, rows, band, tail, heads, group, patterns, num_queries)
     tables = (table, bounds)
     limits = (offset, left, right, num_keys)
     gl.warp_specialize(

@@ -10,6 +10,7 @@ from torch import Tensor
 from .gradient import Prepared, drop, row_level, slope_factor, store_rows, weight_and_slope
 from .launch import ceil_div
 from .tiles import (
+    Rule,
     add_matmul,
     common_level,
     head_factor,
@@ -208,30 +209,42 @@ def key_gradients(
     grad_key = call.new(*rows, call.key_size, dtype=problem.key.dtype)
     grad_value = call.new(*rows, call.value_size, dtype=problem.value.dtype)
     grad_key_bias = call.new(*rows, dtype=torch.float32) if need_key_bias else None
-    shape = call.tile_shape("backward_key")
     for rule in call.rules():
-        backward_key_kernel[call.key_grid(shape)](
-            call.tiles(problem.query, shape.block_m),
-            call.tiles(problem.key, shape.block_n),
-            call.tiles(problem.value, shape.block_n),
-            call.tiles(prepared.grad_out, shape.block_m),
-            prepared.log_normalizer,
-            prepared.delta,
-            prepared.spans,
-            call.steady,
-            grad_key,
-            grad_value,
-            grad_key_bias,
-            rule,
-            call.terms,
-            call.sizes,
-            call.bundle(problem.query, prepared.grad_out),
-            problem.scale,
-            ceil_div(call.num_queries, shape.block_m),
-            GROUP=problem.group,
-            KEY_SIZE=call.key_size,
-            VALUE_SIZE=call.value_size,
-            **call.blocks,
-            **shape.options,
-        )
+        write_key_gradients(prepared, rule, grad_key, grad_value, grad_key_bias)
     return grad_key, grad_value, grad_key_bias
+
+
+def write_key_gradients(
+    prepared: Prepared,
+    rule: Rule,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    grad_key_bias: Tensor | None,
+) -> None:
+    """Launches the kernel with one of the call's rules: all heads, or those that it is for."""
+    call = prepared.call
+    problem, shape = call.problem, call.tile_shape("backward_key")
+    backward_key_kernel[call.key_grid(shape)](
+        call.tiles(problem.query, shape.block_m),
+        call.tiles(problem.key, shape.block_n),
+        call.tiles(problem.value, shape.block_n),
+        call.tiles(prepared.grad_out, shape.block_m),
+        prepared.log_normalizer,
+        prepared.delta,
+        prepared.spans,
+        call.steady,
+        grad_key,
+        grad_value,
+        grad_key_bias,
+        rule,
+        call.terms,
+        call.sizes,
+        call.bundle(problem.query, prepared.grad_out),
+        problem.scale,
+        ceil_div(call.num_queries, shape.block_m),
+        GROUP=problem.group,
+        KEY_SIZE=call.key_size,
+        VALUE_SIZE=call.value_size,
+        **call.blocks,
+        **shape.options,
+    )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .gradient import Prepared, drop, row_level, slope_factor, store_rows, weight_and_slope
 from .tiles import (
+    Rule,
     add_matmul,
     common_level,
     head_factor,
@@ -94,26 +95,32 @@ def backward_query_kernel(
 def query_gradient(prepared: Prepared) -> Tensor:
     """Gradient of the query, in its shape."""
     call = prepared.call
-    problem = call.problem
-    grad_query = call.new(call.heads, call.num_queries, call.key_size, dtype=problem.query.dtype)
-    shape = call.tile_shape("backward_query")
+    dtype = call.problem.query.dtype
+    grad_query = call.new(call.heads, call.num_queries, call.key_size, dtype=dtype)
     for rule in call.rules():
-        backward_query_kernel[call.query_grid(shape)](
-            call.tiles(problem.query, shape.block_m),
-            call.tiles(problem.key, shape.block_n),
-            call.tiles(problem.value, shape.block_n),
-            call.tiles(prepared.grad_out, shape.block_m),
-            prepared.log_normalizer,
-            prepared.delta,
-            call.steady,
-            grad_query,
-            rule,
-            call.terms,
-            call.sizes,
-            call.bundle(problem.key, problem.value),
-            problem.scale,
-            KEY_SIZE=call.key_size,
-            **call.blocks,
-            **shape.options,
-        )
+        write_query_gradient(prepared, rule, grad_query)
     return grad_query
+
+
+def write_query_gradient(prepared: Prepared, rule: Rule, grad_query: Tensor) -> None:
+    """Launches the kernel with one of the call's rules: all heads, or those that it is for."""
+    call = prepared.call
+    problem, shape = call.problem, call.tile_shape("backward_query")
+    backward_query_kernel[call.query_grid(shape)](
+        call.tiles(problem.query, shape.block_m),
+        call.tiles(problem.key, shape.block_n),
+        call.tiles(problem.value, shape.block_n),
+        call.tiles(prepared.grad_out, shape.block_m),
+        prepared.log_normalizer,
+        prepared.delta,
+        call.steady,
+        grad_query,
+        rule,
+        call.terms,
+        call.sizes,
+        call.bundle(problem.key, problem.value),
+        problem.scale,
+        KEY_SIZE=call.key_size,
+        **call.blocks,
+        **shape.options,
+    )

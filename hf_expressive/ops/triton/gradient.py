@@ -25,9 +25,11 @@ from torch import Tensor
 from .launch import Call, ceil_div
 from .tiles import (
     SQUARE,
+    Rule,
     common_level,
     exp,
     exp_below,
+    is_idle,
     is_kept,
     is_visible,
     log_weight,
@@ -97,6 +99,18 @@ def prepare_kernel(
     batch = tl.program_id(0) // sizes.heads
     head = tl.program_id(0) % sizes.heads
     query = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if spans is not None:  # noqa: SIM102 - decided at compile time
+        if (head == 0) & ((batch == 0) | (terms.range_batch != 0) | (terms.runs_batch != 0)):
+            start, end = row_bounds(terms, sizes, batch, query)
+            first, last, inner_start, inner_end = tile_span(terms, batch, start, end, sizes.keys)
+            spans += (batch * tl.num_programs(1) + tl.program_id(1)) * 4
+            tl.store(spans, first)
+            tl.store(spans + 1, last)
+            tl.store(spans + 2, inner_start)
+            tl.store(spans + 3, inner_end)
+    if steady is not None and not rule.keyed:  # noqa: SIM102 - decided at compile time
+        if is_idle(rule, steady, tl.program_id(0) // sizes.group):
+            return
     size = tl.arange(0, BLOCK_E)
     inside = (query < sizes.queries)[:, None] & (size < VALUE_SIZE)[None, :]
     row = tl.program_id(0).to(tl.int64) * sizes.queries + query
@@ -122,23 +136,17 @@ def prepare_kernel(
             mask=inside,
         )
     tl.store(delta + row, product, mask=query < sizes.queries)
-    if spans is not None:  # noqa: SIM102 - decided at compile time
-        if (head == 0) & ((batch == 0) | (terms.range_batch != 0) | (terms.runs_batch != 0)):
-            start, end = row_bounds(terms, sizes, batch, query)
-            first, last, inner_start, inner_end = tile_span(terms, batch, start, end, sizes.keys)
-            spans += (batch * tl.num_programs(1) + tl.program_id(1)) * 4
-            tl.store(spans, first)
-            tl.store(spans + 1, last)
-            tl.store(spans + 2, inner_start)
-            tl.store(spans + 3, inner_end)
 
 
-def prepare(call: Call, out: Tensor, log_normalizer: Tensor, grad_out: Tensor) -> Prepared:
-    """Launches `prepare_kernel`."""
+def prepare(
+    call: Call, out: Tensor, log_normalizer: Tensor, grad_out: Tensor, rule: Rule | None = None
+) -> Prepared:
+    """Launches `prepare_kernel`, for all heads or for those that one of the call's rules is for."""
+    rule = rule or call.rule
     problem, rows = call.problem, call.tile_shape("backward_key").block_m
     log_normalizer = log_normalizer.contiguous()
     delta = torch.empty_like(log_normalizer)
-    scaled = torch.empty_like(out) if call.rule.prescaled else grad_out
+    scaled = torch.empty_like(out) if rule.prescaled else grad_out
     tiles = ceil_div(call.num_queries, rows)
     spans = None
     if problem.ranges is not None:
@@ -153,7 +161,7 @@ def prepare(call: Call, out: Tensor, log_normalizer: Tensor, grad_out: Tensor) -
         scaled,
         spans,
         call.steady,
-        call.rule,
+        rule,
         call.terms,
         call.sizes,
         problem.scale,
