@@ -7,7 +7,8 @@ On the CPU: expressive attention (blockwise) and the kernels of implicit kernel 
 PyTorch's softmax attention and against the formula written naively. On a GPU: the Triton kernels, for
 implicit kernel attention with and without its features and magnitudes, against cuDNN's and PyTorch's
 flash softmax attention, flex_attention with the expressive score, and FlashAttention-4 where it is
-installed; how close decoding comes to the bandwidth of a plain copy.
+installed; batches with masks over their visible share of a causal pass; how close decoding comes to the
+bandwidth of a plain copy.
 
 Nothing is timed before its outputs and gradients agree with the float64 reference. Rivals take turns, so
 that a change of clock meets all of them; medians are reported with the 10th and 90th percentile. A GPU's
@@ -30,7 +31,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from tqdm import tqdm
 from hf_expressive import ImplicitKernelConfig
 from hf_expressive.attention.base import AttentionCall
 from hf_expressive.attention.implicit_kernel import ImplicitKernelAttention
-from hf_expressive.ops import expressive_attention
+from hf_expressive.ops import KeyRanges, expressive_attention
 from hf_expressive.ops.functional import attend
 from hf_expressive.ops.response import Response
 
@@ -276,13 +277,89 @@ def reference_of(name: str) -> Attention:
     return partial(ours, power=2 if "power 2" in name else 1, impl="reference")
 
 
-def check(name: str, attention: Attention, device: str, dtype: torch.dtype) -> None:
+@dataclass(frozen=True)
+class Masked:
+    """A batch of causal rows in which most pairs are hidden, as what follows is of the row's length.
+
+    Args:
+        documents: number of documents packed into each row.
+        window: sliding window. padding: hidden tokens at the left.
+    """
+
+    name: str
+    documents: int = 1
+    window: float = 1.0
+    padding: float = 0.0
+
+    def pairs(self, length: int) -> float:
+        """Visible pairs of a row."""
+        width, reach = length * (1 - self.padding) / self.documents, length * self.window
+        full = width * (width + 1) / 2
+        beyond = max(0.0, width - reach)
+        return self.documents * (full - beyond * (beyond + 1) / 2)
+
+    def mask(self, batch: int, length: int) -> dict[str, Any]:
+        """The mask as arguments of `expressive_attention`."""
+        if self.window < 1.0:
+            return {"is_causal": True, "sliding_window": int(length * self.window)}
+        token = torch.arange(length, device="cuda", dtype=torch.int32)[None]
+        if self.padding > 0.0:
+            token = token.expand(batch, -1)
+        document = length // self.documents
+        start = token // document * document + int(length * self.padding)
+        return {"attention_mask": KeyRanges(start, token + 1)}
+
+    def own_rows(self, shape: Shape) -> Shape:
+        """The same work with a row for each document and without padding."""
+        length = int(shape.keys * (1 - self.padding)) // self.documents
+        batch = shape.batch * self.documents
+        return replace(shape, batch=batch, queries=length, keys=length)
+
+    def flash(self, shape: Shape) -> tuple[Attention, list[Tensor]]:
+        """FlashAttention-4's call for it, and its tensors: (tokens, heads, size), or rows of them."""
+        from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+
+        rows = self.own_rows(shape)
+        tensors = [
+            tensor.transpose(1, 2).contiguous() for tensor in rows.tensors("cuda", torch.bfloat16)
+        ]
+
+        def first(out: Any) -> Tensor:
+            return out[0] if isinstance(out, tuple) else out
+
+        if self.window < 1.0:
+            reach = (int(shape.keys * self.window) - 1, 0)
+            return lambda *x: first(flash_attn_func(*x, causal=True, window_size=reach)), tensors
+        tensors = [tensor.flatten(0, 1) for tensor in tensors]
+        ends = torch.arange(rows.batch + 1, device="cuda", dtype=torch.int32) * rows.keys
+        lengths = {"max_seqlen_q": rows.keys, "max_seqlen_k": rows.keys}
+        lengths |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+        return lambda *x: first(flash_attn_varlen_func(*x, causal=True, **lengths)), tensors
+
+
+MASKED = (
+    Masked("2 documents", documents=2),
+    Masked("4 documents", documents=4),
+    Masked("8 documents", documents=8),
+    Masked("16 documents", documents=16),
+    Masked("window of an eighth", window=1 / 8),
+    Masked("half padding", padding=0.5),
+)
+
+
+def check(
+    name: str,
+    attention: Attention,
+    device: str,
+    dtype: torch.dtype,
+    reference: Attention | None = None,
+) -> None:
     """Raises SystemExit unless output and gradients agree with the float64 reference."""
     # On a GPU enough work for the kernels that serve large calls only.
-    shape = Shape(2, 4, 2, 384, 384, 64) if device == "cpu" else Shape(4, 16, 8, 2100, 2100, 64)
+    shape = Shape(2, 4, 2, 384, 384, 64) if device == "cpu" else Shape(4, 16, 8, 2112, 2112, 64)
     rough = shape.tensors(device, dtype, grad=True)
     exact = [tensor.detach().double().requires_grad_() for tensor in rough]
-    out, expected = attention(*rough), reference_of(name)(*exact)
+    out, expected = attention(*rough), (reference or reference_of(name))(*exact)
     grad = torch.randn_like(expected)
     found = [out, *torch.autograd.grad(out, rough, grad.to(dtype))]
     wanted = [expected, *torch.autograd.grad(expected, exact, grad)]
@@ -409,6 +486,66 @@ def resident_memory(name: str, length: int) -> None:
     print(max(0.0, highest_resident() - before - held / 2**20))
 
 
+def measure_masked(shape: Shape, repeats: int, with_flash: bool) -> list[dict[str, Any]]:
+    """Batches with masks: times over the visible share of a causal pass of the same rows, and over
+    those of the same work with a row for each document."""
+    whole = Masked("causal")
+    causal_pairs = whole.pairs(shape.keys)
+    records: list[dict[str, Any]] = []
+    unmasked: dict[tuple[str, str], float] = {}
+    for case in (whole, *MASKED):
+        if case in MASKED:
+            small = case.mask(4, 2112)
+            call, exact = (
+                partial(expressive_attention, **small, impl=impl) for impl in ("auto", "reference")
+            )
+            check(f"expressive, {case.name}", call, "cuda", torch.bfloat16, exact)
+        mask = case.mask(shape.batch, shape.keys) if case in MASKED else {"is_causal": True}
+        calls: dict[str, tuple[Attention, list[Tensor]]] = {
+            "expressive": (
+                partial(expressive_attention, **mask),
+                shape.tensors("cuda", torch.bfloat16),
+            )
+        }
+        if case in MASKED and case.window == 1.0:
+            rows = case.own_rows(shape).tensors("cuda", torch.bfloat16)
+            calls["own rows"] = partial(expressive_attention, is_causal=True), rows
+        if with_flash:
+            calls["softmax, FlashAttention-4"] = case.flash(shape)
+        runs = {
+            (name, what): run
+            for name, (attention, tensors) in calls.items()
+            for what, run in passes(attention, tensors, "cuda").items()
+        }
+        turns: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+        for run in runs.values():
+            run()
+        for _ in range(repeats):
+            for key, run in runs.items():
+                turns[key].append(timed(run, "cuda", 0.02)[0])
+        medians = {key: statistics.median(values) for key, values in turns.items()}
+        if case is whole:
+            unmasked = medians
+        share = case.pairs(shape.keys) / causal_pairs
+        for (name, what), seconds in medians.items():
+            if name == "own rows":
+                continue
+            record: dict[str, Any] = {
+                "shape": str(shape),
+                "mask": case.name,
+                "name": name,
+                "pass": what,
+            }
+            record["milliseconds"] = round(seconds * 1e3, 4)
+            record["share"] = round(share, 4)
+            record["over_share"] = round(seconds / share / unmasked[name, what], 3)
+            if name == "expressive" and ("own rows", what) in medians:
+                record["over_own_rows"] = round(seconds / medians["own rows", what], 3)
+            records.append(record)
+        torch.cuda.empty_cache()
+    return records
+
+
 def measure(
     shape: Shape, chosen: dict[str, Attention], device: str, dtype: torch.dtype, repeats: int
 ) -> list[dict[str, Any]]:
@@ -429,7 +566,7 @@ def measure(
     records = []
     for (name, what), pairs in turns.items():
         values, hosts = map(sorted, zip(*pairs, strict=True))
-        median = statistics.median(values)
+        median, host = statistics.median(values), round(statistics.median(hosts) * 1e3, 4)
         cost = {"backward": 2.5, "forward + backward": 3.5}.get(what, 1.0)
         records.append(
             {
@@ -440,7 +577,7 @@ def measure(
                 "milliseconds": round(median * 1e3, 4),
                 "p10": round(values[len(values) // 10] * 1e3, 4),
                 "p90": round(values[-1 - len(values) // 10] * 1e3, 4),
-                "host_milliseconds": round(statistics.median(hosts) * 1e3, 4),
+                **({"host_milliseconds": host} if device == "cuda" else {}),
                 "tflops": float(f"{cost * shape.flops / median / 1e12:.4g}"),
             }
         )
@@ -508,6 +645,11 @@ def run_cuda(repeats: int, longest: int) -> dict[str, Any]:
             memory.append(
                 {"name": name, "shape": str(shape), "keys": shape.keys, "MiB": round(peak, 1)}
             )
+    masked = []
+    for shape in tqdm(
+        (Shape(4, 16, 16, 8192, 8192, 128), Shape(4, 32, 32, 8192, 8192, 64)), desc="masks"
+    ):
+        masked += measure_masked(shape, repeats, "softmax, FlashAttention-4" in chosen)
     bandwidth = copy_bandwidth()
     for record in times:
         if record.get("queries") == 1 and "error" not in record:
@@ -517,6 +659,7 @@ def run_cuda(repeats: int, longest: int) -> dict[str, Any]:
     return {
         "times": times,
         "memory": memory,
+        "masked": masked,
         "copy_bytes_per_second": float(f"{bandwidth:.4g}"),
     }
 
@@ -554,12 +697,18 @@ def print_table(results: dict[str, Any]) -> None:
             f"{row['shape']:28} {row['pass']:19} {row['name']:28} {row['milliseconds']:10.3f} ms "
             f"[{row['p10']:.3f}, {row['p90']:.3f}] {row['tflops']:8.3g} TFLOP/s "
             f"{softmax_time / row['milliseconds']:5.2f} × softmax"
-            + (f", host {row['host_milliseconds']:.3f} ms" if "graph" not in row["pass"] else "")
+            + (f", host {row['host_milliseconds']:.3f} ms" if "host_milliseconds" in row else "")
             + (f" {row['share_of_copy']:.2f} of a copy" if "share_of_copy" in row else "")
         )
     for record in results["times"]:
         if "error" in record:
             print(f"{record['shape']:28} {record['name']:28} failed: {record['error']}")
+    for row in results.get("masked", []):
+        print(
+            f"{row['shape']:22} {row['mask']:20} {row['pass']:9} {row['name']:26} "
+            f"{row['milliseconds']:8.3f} ms, {row['over_share']:.2f} × its share"
+            + (f", {row['over_own_rows']:.2f} × own rows" if "over_own_rows" in row else "")
+        )
     for row in results["memory"]:
         print(f"memory {row['keys']:6} keys {row['name']:28} {row['MiB']:10.1f} MiB")
 
