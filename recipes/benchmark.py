@@ -332,7 +332,7 @@ class Masked:
             return lambda *x: first(flash_attn_func(*x, causal=True, window_size=reach)), tensors
         tensors = [tensor.flatten(0, 1) for tensor in tensors]
         ends = torch.arange(rows.batch + 1, device="cuda", dtype=torch.int32) * rows.keys
-        lengths = {"max_seqlen_q": rows.keys, "max_seqlen_k": rows.keys}
+        lengths: dict[str, Any] = {"max_seqlen_q": rows.keys, "max_seqlen_k": rows.keys}
         lengths |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
         return lambda *x: first(flash_attn_varlen_func(*x, causal=True, **lengths)), tensors
 
