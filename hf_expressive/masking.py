@@ -56,6 +56,7 @@ class CompactMask(torch.Tensor):
     Attributes:
         start, end: see `KeyRanges`. key_mask: its `keys`, which is a name that `torch.compile` needs.
         pattern: the same knowledge without data, where that is enough; else `None`.
+        is_padded: whether it comes of a padding mask that hides tokens.
         packing: the last position ids looked at for packed sequences, and what was found.
         share: the share of a sequence that the queries are, see `attention.sequence_share`.
     """
@@ -64,6 +65,7 @@ class CompactMask(torch.Tensor):
     end: Tensor
     key_mask: Tensor | None
     pattern: Pattern | None
+    is_padded: bool
     packing: tuple[Tensor, KeyRanges | None] | None
     share: Any
 
@@ -75,6 +77,8 @@ class CompactMask(torch.Tensor):
         num_keys: int,
         dtype: torch.dtype,
         pattern: Pattern | None,
+        *,
+        is_padded: bool = False,
     ) -> CompactMask:
         mask: CompactMask = torch.Tensor._make_wrapper_subclass(
             cls,
@@ -84,6 +88,7 @@ class CompactMask(torch.Tensor):
         )
         mask.start, mask.end, mask.key_mask = ranges.start, ranges.end, ranges.keys
         mask.pattern = pattern
+        mask.is_padded = is_padded
         mask.packing = None
         mask.share = None
         return mask
@@ -106,21 +111,23 @@ class CompactMask(torch.Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         names = ["start", "end"] + ([] if self.key_mask is None else ["key_mask"])
-        return names, (self.shape[0], self.shape[3], self.dtype, self.pattern)
+        return names, (self.shape[0], self.shape[3], self.dtype, self.pattern, self.is_padded)
 
     @staticmethod
     def __tensor_unflatten__(
         tensors: dict[str, Tensor], context: Any, size: Any, stride: Any
     ) -> CompactMask:
-        batch, num_keys, dtype, pattern = context
+        batch, num_keys, dtype, pattern, is_padded = context
         ranges = KeyRanges(tensors["start"], tensors["end"], tensors.get("key_mask"))
-        return CompactMask(ranges, batch, num_keys, dtype, pattern)
+        return CompactMask(ranges, batch, num_keys, dtype, pattern, is_padded=is_padded)
 
     def moved(self, dtype: torch.dtype, device: torch.device) -> CompactMask:
         """The same mask in another floating dtype or on another device."""
         keys = None if self.key_mask is None else self.key_mask.to(device)
         ranges = KeyRanges(self.start.to(device), self.end.to(device), keys)
-        mask = CompactMask(ranges, self.shape[0], self.shape[3], dtype, self.pattern)
+        mask = CompactMask(
+            ranges, self.shape[0], self.shape[3], dtype, self.pattern, is_padded=self.is_padded
+        )
         mask.share = self.share
         return mask
 
@@ -240,13 +247,16 @@ def compact_mask(
         keys = _visible_keys(attention_mask, kv_length, kv_offset, device)
         if not tracing and bool(keys.all()):
             keys = None
+    is_padded = keys is not None
     if keys is not None:
         pattern = None
         start, end = _shrink(start, end, keys)
+        if not tracing and _is_unbroken(keys):  # the bounds say it all, and kernels skip by them
+            keys = None
     ranges = KeyRanges(start.to(torch.int32), end.to(torch.int32), keys)
     if packed is not None:
         ranges, pattern = intersect(ranges, packed), None
-    return CompactMask(ranges, batch_size, kv_length, dtype, pattern)
+    return CompactMask(ranges, batch_size, kv_length, dtype, pattern, is_padded=is_padded)
 
 
 def mark_positions(position_ids: Tensor, batch_size: int, *, is_packed: bool) -> Tensor:
@@ -370,6 +380,12 @@ def _shrink(start: Tensor, end: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     last = keys.shape[-1] - flags.flip(-1).argmax(dim=-1, keepdim=True)
     last = torch.where(keys.any(dim=-1, keepdim=True), last, first)
     return torch.maximum(start, first), torch.minimum(end, last)
+
+
+def _is_unbroken(keys: Tensor) -> bool:
+    """Whether the visible keys of each row of the batch follow one another, as with mere padding."""
+    begins = keys[:, 1:] & ~keys[:, :-1]
+    return bool((begins.sum(-1) + keys[:, 0] <= 1).all())
 
 
 def packed_ranges(boundaries_q: Tensor, boundaries_k: Tensor, num_queries: int) -> KeyRanges:

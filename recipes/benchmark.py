@@ -284,12 +284,14 @@ class Masked:
     Args:
         documents: number of documents packed into each row.
         window: sliding window. padding: hidden tokens at the left.
+        by_key: padding as a mask of keys, whose bounds are not known, instead of bounds of each query.
     """
 
     name: str
     documents: int = 1
     window: float = 1.0
     padding: float = 0.0
+    by_key: bool = False
 
     def pairs(self, length: int) -> float:
         """Visible pairs of a row."""
@@ -305,6 +307,9 @@ class Masked:
         token = torch.arange(length, device="cuda", dtype=torch.int32)[None]
         if self.padding > 0.0:
             token = token.expand(batch, -1)
+        if self.by_key:
+            shown = token >= int(length * self.padding)
+            return {"attention_mask": KeyRanges(torch.zeros_like(token), token + 1, shown)}
         document = length // self.documents
         start = token // document * document + int(length * self.padding)
         return {"attention_mask": KeyRanges(start, token + 1)}
@@ -344,6 +349,7 @@ MASKED = (
     Masked("16 documents", documents=16),
     Masked("window of an eighth", window=1 / 8),
     Masked("half padding", padding=0.5),
+    Masked("half padding, by key", padding=0.5, by_key=True),
 )
 
 
@@ -353,10 +359,12 @@ def check(
     device: str,
     dtype: torch.dtype,
     reference: Attention | None = None,
+    shape: Shape | None = None,
 ) -> None:
     """Raises SystemExit unless output and gradients agree with the float64 reference."""
-    # On a GPU enough work for the kernels that serve large calls only.
-    shape = Shape(2, 4, 2, 384, 384, 64) if device == "cpu" else Shape(4, 16, 8, 2112, 2112, 64)
+    if shape is None:
+        # On a GPU enough work for the kernels that serve large calls only.
+        shape = Shape(2, 4, 2, 384, 384, 64) if device == "cpu" else Shape(4, 16, 8, 2100, 2100, 64)
     rough = shape.tensors(device, dtype, grad=True)
     exact = [tensor.detach().double().requires_grad_() for tensor in rough]
     out, expected = attention(*rough), (reference or reference_of(name))(*exact)
@@ -495,11 +503,12 @@ def measure_masked(shape: Shape, repeats: int, with_flash: bool) -> list[dict[st
     unmasked: dict[tuple[str, str], float] = {}
     for case in (whole, *MASKED):
         if case in MASKED:
-            small = case.mask(4, 2112)
+            few = Shape(4, 16, 8, 2048, 2048, 64)
             call, exact = (
-                partial(expressive_attention, **small, impl=impl) for impl in ("auto", "reference")
+                partial(expressive_attention, **case.mask(4, few.keys), impl=impl)
+                for impl in ("auto", "reference")
             )
-            check(f"expressive, {case.name}", call, "cuda", torch.bfloat16, exact)
+            check(f"expressive, {case.name}", call, "cuda", torch.bfloat16, exact, few)
         mask = case.mask(shape.batch, shape.keys) if case in MASKED else {"is_causal": True}
         calls: dict[str, tuple[Attention, list[Tensor]]] = {
             "expressive": (
@@ -510,7 +519,7 @@ def measure_masked(shape: Shape, repeats: int, with_flash: bool) -> list[dict[st
         if case in MASKED and case.window == 1.0:
             rows = case.own_rows(shape).tensors("cuda", torch.bfloat16)
             calls["own rows"] = partial(expressive_attention, is_causal=True), rows
-        if with_flash:
+        if with_flash and not case.by_key:
             calls["softmax, FlashAttention-4"] = case.flash(shape)
         runs = {
             (name, what): run

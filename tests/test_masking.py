@@ -103,6 +103,15 @@ def assert_same(mask: Tensor, expected: Tensor) -> None:
     assert torch.equal(dense, expected)
 
 
+@pytest.mark.parametrize(("side", "unbroken"), [("left", True), ("right", True), ("middle", False)])
+def test_mere_padding_needs_no_mask_of_keys(side: str, unbroken: bool) -> None:
+    """The bounds of each query say it all, and kernels skip what lies outside of them."""
+    mask = compact_mask(**arguments("causal", attention_mask=padding(side)))
+    assert isinstance(mask, CompactMask)
+    assert mask.is_padded
+    assert (mask.key_mask is None) == unbroken
+
+
 @pytest.mark.parametrize("padded", [None, "left", "right", "middle"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_equals_eager_mask(pattern: str, padded: str | None) -> None:

@@ -181,7 +181,7 @@ def _packed(
     if (
         positions is None
         or not isinstance(attention_mask, CompactMask)
-        or attention_mask.key_mask is not None
+        or attention_mask.is_padded
         or attention_mask.pattern == "full"
         or positions.dim() != 2
         or not positions.shape[1] == query.shape[2] == key.shape[2] == attention_mask.shape[3]

@@ -164,11 +164,11 @@ class SequenceShare:
             torch.cat([part.end for part in parts], dim=1),
             parts[0].key_mask,
         )
-        padded = ranges.keys is not None
+        padded = parts[0].is_padded
         if self.packing is not None and not padded and mask_function != bidirectional_mask_function:
             packing = KeyRanges(self.take(self.packing.start), self.take(self.packing.end))
             ranges = intersect(ranges, packing)
-        mask = CompactMask(ranges, batch_size, self.length, parts[0].dtype, None)
+        mask = CompactMask(ranges, batch_size, self.length, parts[0].dtype, None, is_padded=padded)
         mask.share = self
         return mask
 
