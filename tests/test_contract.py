@@ -276,6 +276,21 @@ def test_padded_equals_unpadded(name: str, side: str) -> None:
     assert out.isfinite().all()
 
 
+@torch.no_grad()
+def test_positions_of_padding_are_no_packed_sequences() -> None:
+    """Collators pad positions with 0, which looks as if sequences of one token followed."""
+    model = build("llama", "expressive").model
+    ids = torch.randint(20, 190, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[:, 6:] = 0
+    positions = (mask.cumsum(-1) - 1) * mask
+    visible = torch.ones(9, 9, dtype=torch.bool).tril() & mask[:, None, None].bool()
+    dense = torch.zeros(2, 1, 9, 9).masked_fill(~visible, torch.finfo(torch.float32).min)
+    expected = model(ids, attention_mask=dense, position_ids=positions).logits
+    found = model(ids, attention_mask=mask, position_ids=positions).logits
+    assert (found - expected).abs().max() < LOGITS
+
+
 _SIZES: dict[str, Any] = {
     **SIZES,
     "head_dim": 4,

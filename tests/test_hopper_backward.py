@@ -105,6 +105,20 @@ def test_values_of_another_size_than_keys(
 
 
 @needs_interpreter
+def test_the_gradient_of_a_key_bias_changes_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient, "backward_kernel", launcher("backward_kernel", 19))
+    problem = problem_of("square, left padding", 64)
+    out, log_normalizer, _ = reference.attention(problem)
+    seen = out, log_normalizer.float()
+    grad_out = torch.randn_like(out)
+    *alone, nothing = gradient.gradients(problem, *seen, grad_out)
+    assert nothing is None
+    *found, bias = gradient.gradients(problem, *seen, grad_out, need_key_bias=True)
+    assert bias is not None
+    assert all(map(torch.equal, alone, found))
+
+
+@needs_interpreter
 def test_results_do_not_depend_on_the_order_of_events(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of("causal", 64)
     monkeypatch.setattr(gradient, "_BAND_BYTES", 1)
