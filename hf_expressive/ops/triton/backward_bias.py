@@ -101,12 +101,7 @@ def bias_gradient(prepared: Prepared) -> Tensor:
     sum_key_tiles = key_tiles if bias_keys == 1 else 1
     grid = (bias_batch * bias_heads, query_tiles // sum_query_tiles, key_tiles // sum_key_tiles)
     backward_bias_kernel[grid](
-        call.tiles(problem.query, shape.block_m),
-        call.tiles(problem.key, shape.block_n),
-        call.tiles(problem.value, shape.block_n),
-        call.tiles(prepared.grad_out, shape.block_m),
-        prepared.log_normalizer,
-        prepared.delta,
+        *prepared.operands(shape),
         grad_bias,
         call.rule,
         call.terms,

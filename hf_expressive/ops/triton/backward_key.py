@@ -225,12 +225,7 @@ def write_key_gradients(
     call = prepared.call
     problem, shape = call.problem, call.tile_shape("backward_key")
     backward_key_kernel[call.key_grid(shape)](
-        call.tiles(problem.query, shape.block_m),
-        call.tiles(problem.key, shape.block_n),
-        call.tiles(problem.value, shape.block_n),
-        call.tiles(prepared.grad_out, shape.block_m),
-        prepared.log_normalizer,
-        prepared.delta,
+        *prepared.operands(shape),
         prepared.spans,
         call.steady,
         grad_key,

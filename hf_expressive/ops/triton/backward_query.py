@@ -107,12 +107,7 @@ def write_query_gradient(prepared: Prepared, rule: Rule, grad_query: Tensor) -> 
     call = prepared.call
     problem, shape = call.problem, call.tile_shape("backward_query")
     backward_query_kernel[call.query_grid(shape)](
-        call.tiles(problem.query, shape.block_m),
-        call.tiles(problem.key, shape.block_n),
-        call.tiles(problem.value, shape.block_n),
-        call.tiles(prepared.grad_out, shape.block_m),
-        prepared.log_normalizer,
-        prepared.delta,
+        *prepared.operands(shape),
         call.steady,
         grad_query,
         rule,

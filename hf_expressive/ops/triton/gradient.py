@@ -16,13 +16,14 @@ would make much of it. (Where one key is left by a mask of another kind than bou
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Call, ceil_div
+from .launch import Call, TileShape, ceil_div
 from .tiles import (
     SQUARE,
     Rule,
@@ -59,6 +60,18 @@ class Prepared:
     log_normalizer: Tensor
     delta: Tensor
     spans: Tensor | None
+
+    def operands(self, shape: TileShape) -> tuple[Any, ...]:
+        """The first arguments of every backward kernel: tiles of q, k, v and dout, log normaliser, δ."""
+        call, problem = self.call, self.call.problem
+        return (
+            call.tiles(problem.query, shape.block_m),
+            call.tiles(problem.key, shape.block_n),
+            call.tiles(problem.value, shape.block_n),
+            call.tiles(self.grad_out, shape.block_m),
+            self.log_normalizer,
+            self.delta,
+        )
 
 
 @triton.jit
