@@ -7,8 +7,6 @@ the gradient in the dtype of the query.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +23,7 @@ from ..triton.launch import (
     is_foldable,
     num_processors,
 )
-from .launch import pieces, tiles
+from .launch import pieces, square_terms, tiles
 from .plan import FIELDS, ROWS, is_arithmetic, plan, reach
 from .tiled_backward import backward_kernel
 
@@ -200,12 +198,9 @@ def gradients(
     parts = ROWS // QUERIES
     # As in the forward kernel.
     folded = is_foldable(problem)
-    common_level = 0.0
+    epsilon, common_level = square_terms(problem)
     if response.kind == "square":
-        power, inverse, final = 0, response.epsilon, 2.0
-        if folded:
-            inverse /= problem.scale**2
-            common_level = 2.0 * math.log(abs(problem.scale))
+        power, inverse, final = 0, epsilon, 2.0
     else:
         power, inverse = int(response.power), 1.0
         final = 2.0 * power

@@ -57,12 +57,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     gain, sinks, response = problem.gain, problem.sinks, problem.response
     foldable = is_foldable(problem)
     factors = levels = None
-    common_level = epsilon = 0.0
-    if response.kind == "square":
-        epsilon = response.epsilon
-        if foldable:
-            epsilon /= problem.scale**2
-            common_level = 2.0 * math.log(abs(problem.scale))
+    epsilon, common_level = square_terms(problem)
     call = None if problem.key_bias is None else Call(problem)
     if call is not None:
         assert call.key_factor is not None
@@ -118,6 +113,16 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         _, for_wide_spreads = call.rules()
         portable.compute(call, for_wide_spreads, out, log_normalizer)
     return out, log_normalizer
+
+
+def square_terms(problem: AttentionProblem) -> tuple[float, float]:
+    """(ε, logarithm of what all weights lack) of a square response, else (0, 0)."""
+    if problem.response.kind != "square":
+        return 0.0, 0.0
+    epsilon = problem.response.epsilon
+    if not is_foldable(problem):
+        return epsilon, 0.0
+    return epsilon / problem.scale**2, 2.0 * math.log(abs(problem.scale))
 
 
 def pieces(tensor: Tensor, *block: int) -> TensorDescriptor:

@@ -452,14 +452,14 @@ def weigh(
     if gain is not None:
         factor = factor * gl.load(gain + first_head + member)
     query = (code >> 1) * QUERIES + gl.arange(0, QUERIES, gl.SliceLayout(0, SCORE))
-    if POWER > 0:
+    if POWER > 0:  # noqa: SIM102 - decided at compile time
         if code & 1:  # weight and slope of score 0 are 0
             score = gl.where(visible_in(query, item, tensors, limits, SCORE), score, 0.0)
-        weight, slope = weight_and_slope(score, factor, inverse, gain is not None, POWER, FOLDED)
+    weight, slope = weight_and_slope(score, factor, inverse, gain is not None, POWER, FOLDED)
+    if POWER > 0:
         weight = weight.to(gl.bfloat16)
         slopes = packed(slope)
     else:
-        weight, slope = weight_and_slope(score, factor, inverse, gain is not None, POWER, FOLDED)
         if factors is not None:
             slope = slope * factors[:, None]
         # Hidden as pairs: registers do not hold both of them as float32.
