@@ -153,6 +153,9 @@ class Shared:
     def reshape(self, shape: list[int]) -> Shared:
         return Shared(self.data.view(shape))
 
+    def as_floats(self, rows: int, columns: int) -> Shared:
+        return Shared(self.data.view(-1).view(torch.float32).view(1, rows, columns))
+
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.data.permute(order))
 
@@ -326,6 +329,8 @@ class _Namespace:
         """What stands for functions of the source that are inline assembly, or that torch lacks."""
         return {
             "_add": self.add, "arrivals": self.arrivals, "publish": self.publish,
+            "complete": self.complete, "settled": lambda x: x,
+            "as_floats": lambda buffer, rows, columns, _: buffer.as_floats(rows, columns),
             "number": lambda buffer, place, _: buffer.index(place).load(None).max(),
             "reciprocal": lambda x: 1.0 / x, "packed": lambda x: x.bfloat16().view(torch.int32),
             "unpacked": lambda x, _: x.int().view(torch.bfloat16).float(),
@@ -379,8 +384,8 @@ class _Namespace:
 
     def store_wait(self, left: int) -> None:
         self.machine.switch()
-        assert left == 0
-        for work in self.stores.get(self.machine.running, []):
+        own = self.stores.get(self.machine.running, [])
+        for work in own[: len(own) - left]:
             work.read()
 
     def arrivals(self, pointer: Pointer) -> Tensor:
@@ -391,14 +396,17 @@ class _Namespace:
         return _load_memory(pointer)
 
     def publish(self, pointer: Pointer, pending: str) -> None:
+        self.complete(int(pending))
+        self.atomic_add(pointer, 1)
+
+    def complete(self, pending: int = 0) -> None:
         self.machine.switch()
-        own = self.stores[self.machine.running]
-        while len(own) > int(pending):
+        own = self.stores.setdefault(self.machine.running, [])
+        while len(own) > pending:
             work = own.pop(0)
             while not work.advance():
                 pass
         self.machine.switch()
-        self.atomic_add(pointer, 1)
 
     def atomic_add(self, pointer: Pointer, value: int, sem: str = "acq_rel") -> Tensor:
         self.machine.switch()

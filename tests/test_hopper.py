@@ -65,6 +65,7 @@ CASES = {
     "more heads than programs": ((3, 60, 4, 200, 200), {"is_causal": True}),
     "fewer queries than keys": ((1, 4, 4, 131, 777), {"is_causal": True}),
     "more queries than keys: empty rows": ((1, 2, 1, 400, 150), {"is_causal": True}),
+    "two heads that share a tile of keys": ((1, 2, 1, 100, 128), {}),
     "one key": ((2, 2, 2, 100, 1), {}),
     "window": (FULL, {"is_causal": True, "sliding_window": 37}),
     "window of one": (FULL, {"is_causal": True, "sliding_window": 1}),

@@ -91,6 +91,7 @@ def test_matches_the_reference_in_any_order_of_events(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(gradient, "backward_kernel", launcher("backward_kernel", seed))
+    # With bands of one head also sums of dk and dv that query heads share.
     monkeypatch.setattr(gradient, "_BAND_BYTES", band)
     check(problem_of(name, size))
 
@@ -130,52 +131,83 @@ def test_results_do_not_depend_on_the_order_of_events(monkeypatch: pytest.Monkey
     assert all(all(map(torch.equal, result, results[0])) for result in results)
 
 
+#: What breaks the kernel: (size, whether query heads share sums, what stands there, what instead).
+FAULTS = [
+    # a part of dq overwritten before it was read
+    (64, False, "                    tma.store_wait(0)\n", ""),
+    (128, False, "                    tma.store_wait(0)\n", ""),
+    # queries released while they are multiplied for dk
+    (
+        64,
+        False,
+        "            score = warpgroup_mma_wait(2, deps=[score])\n",
+        "            score = warpgroup_mma_wait(2, deps=[score])\n"
+        "            mbarrier.arrive(rows_out.index(stage), count=1)\n",
+    ),
+    # scores of queries that have not come
+    (
+        64,
+        False,
+        "            mbarrier.wait(rows_in.index(following), ((step + 1) // STAGES) & 1)\n",
+        "",
+    ),
+    # a part of dq stored before the writer has read what was there
+    (
+        64,
+        False,
+        "            mbarrier.wait(sum_out.index(step % PLACES), ((step // PLACES) & 1) ^ 1)\n",
+        "",
+    ),
+    (
+        128,
+        False,
+        "            mbarrier.wait(sum_out.index(step % PLACES), ((step // PLACES) & 1) ^ 1)\n",
+        "",
+    ),
+    # a part of dq handed over that is not there yet
+    (64, False, "sum_in.index((step - 1) & 1), count=1", "sum_in.index(step & 1), count=1"),
+    # parts of dq added whenever they come, the first of which should overwrite
+    (64, False, "while arrived < before", "while arrived < 0"),
+    # the wrong phase
+    (64, False, "mbarrier.wait(keys_in, turn & 1)", "mbarrier.wait(keys_in, turn + 1 & 1)"),
+    # the counter raised before the last part has come
+    (
+        64,
+        False,
+        'publish(own_turns + sent, "0")\n        turn += 1',
+        'publish(own_turns + sent, "1")\n        turn += 1',
+    ),
+    # values in their place before dk has left it
+    (
+        64,
+        False,
+        "        tma.store_wait(0)\n        mbarrier.arrive(values_out, count=1)\n",
+        "        mbarrier.arrive(values_out, count=1)\n",
+    ),
+    # dk in the place of dv before that has left
+    (64, False, "            tma.store_wait(0)\n            staging", "            staging"),
+    # keys released while they are multiplied for dq
+    (
+        128,
+        False,
+        "        query_part, key_total = warpgroup_mma_wait(0, deps=[query_part, key_part])\n",
+        "        mbarrier.arrive(keys_out, count=1)\n"
+        "        query_part, key_total = warpgroup_mma_wait(0, deps=[query_part, key_part])\n",
+    ),
+    # query heads that add to dv before it is their turn
+    (64, True, "while arrived < row // (rows // share)", "while arrived < 0"),
+    # the turn handed on before all of dk has come
+    (64, True, "    complete()\n", "    pass\n"),
+    # halves of dk in the place of halves of dv before these have left
+    (128, True, "            tma.store_wait(1)\n            staging", "            staging"),
+    (64, True, "            tma.store_wait(1)\n            other", "            other"),
+]
+
+
 @needs_interpreter
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        # a part of dq overwritten before it was read
-        ("                    tma.store_wait(0)\n", ""),
-        # queries released while they are multiplied for dk
-        (
-            "            score = warpgroup_mma_wait(2, deps=[score])\n",
-            "            score = warpgroup_mma_wait(2, deps=[score])\n"
-            "            mbarrier.arrive(queries_out.index(step % STAGES), count=1)\n",
-        ),
-        # scores of queries that have not come
-        (
-            "            mbarrier.wait(queries_in.index(following % STAGES), "
-            "(following // STAGES) & 1)\n",
-            "",
-        ),
-        # a part of dq stored before the writer has read the one before
-        ("            mbarrier.wait(sum_out, (step & 1) ^ 1)\n", ""),
-        # parts of dq added whenever they come, the first of which should overwrite
-        ("while arrived < before", "while arrived < 0"),
-        # the wrong phase
-        ("mbarrier.wait(keys_in, turn & 1)", "mbarrier.wait(keys_in, turn + 1 & 1)"),
-        # the counter raised before the last part has come
-        (
-            'publish(own_turns + sent, "0")\n        turn += 1',
-            'publish(own_turns + sent, "1")\n        turn += 1',
-        ),
-        # values in their place before dk has left it
-        (
-            "        tma.store_wait(0)\n        mbarrier.arrive(values_out, count=1)\n",
-            "        mbarrier.arrive(values_out, count=1)\n",
-        ),
-        # dk in the place of dv before that has left
-        ("        tma.store_wait(0)\n        staging", "        staging"),
-        # keys released while they are multiplied for dq
-        (
-            "        query_part, key_total = warpgroup_mma_wait(0, deps=[query_part, key_part])\n",
-            "        mbarrier.arrive(keys_out, count=1)\n"
-            "        query_part, key_total = warpgroup_mma_wait(0, deps=[query_part, key_part])\n",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("size", "is_shared", "old", "new"), FAULTS)
 def test_the_machine_notices_a_broken_kernel(
-    old: str, new: str, monkeypatch: pytest.MonkeyPatch
+    size: int, is_shared: bool, old: str, new: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(source: str) -> str:
         assert old in source
@@ -183,11 +215,15 @@ def test_the_machine_notices_a_broken_kernel(
 
     # One head at a time, so that programs meet at its queries.
     monkeypatch.setattr(gradient, "_BAND_BYTES", 1)
+    if not is_shared:
+        monkeypatch.setattr(gradient, "is_shared", lambda *_: False)
+
+    problem = problem_of("two heads that share a tile of keys" if is_shared else "plain", size)
 
     def fails(seed: int) -> bool:
         monkeypatch.setattr(gradient, "backward_kernel", launcher("backward_kernel", seed, broken))
         try:
-            results = gradients_of(problem_of("plain", 64))
+            results = gradients_of(problem)
         except (AssertionError, AttributeError, TypeError, Deadlock):
             return True
         return any(
@@ -195,7 +231,7 @@ def test_the_machine_notices_a_broken_kernel(
             for found, wanted, rough in zip(*results, strict=True)
         )
 
-    assert any(map(fails, range(12)))
+    assert any(map(fails, range(48)))
 
 
 _COMPILE = """
@@ -211,13 +247,16 @@ def tiles(name, dtype, *block):
     layout = swizzled if len(block) > 2 else gl.NVMMASharedLayout(0, 32, 2)
     return f"tensordesc<{{name}}{{list(block)}},{{layout!r}}>".replace(", ", ",", len(block) - 1)
 
-constants = dict(STAGES=3, POWER={power}, FOLDED={folded}, SINGLE=True, {absent})
+constants = dict(STAGES=3, POWER={power}, FOLDED={folded}, SINGLE=True, ROOMY={size} == 64, {absent})
 types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
 types |= dict.fromkeys(["query_tiles", "grad_tiles"], tiles("bf16", gl.bfloat16, 1, 1, 64, {size}))
 types |= dict.fromkeys(
     ["key_tiles", "value_tiles", "grad_key_tiles", "grad_value_tiles"],
     tiles("bf16", gl.bfloat16, 1, 1, 128, {size}),
 )
+if "key_turns" not in constants:
+    halves = tiles("fp32", gl.float32, 1, 128, {size} // 2)
+    types |= dict(grad_key_tiles=halves, grad_value_tiles=halves, key_turns="*i32")
 types |= dict(sum_tiles=tiles("fp32", gl.float32, 1, {size}, 64))
 types |= dict(delta_tiles=tiles("fp32", gl.float32, 1, 64))
 types |= dict(counter="*i32", turns="*i32")
@@ -242,11 +281,11 @@ assert compiled.metadata.shared <= 227 * 1024
             128,
             1,
             True,
-            "gain=None, key_factors=None, grad_key_bias=None, "
+            "key_turns=None, gain=None, key_factors=None, grad_key_bias=None, "
             "spans=None, table=None, starts=None, ends=None",
         ),
         (64, 2, False, "key_factors=None, grad_key_bias=None"),
-        (128, 0, True, "gain=None"),
+        (128, 0, True, "key_turns=None, gain=None"),
     ],
 )
 def test_kernel_compiles_without_a_gpu(size: int, power: int, folded: bool, absent: str) -> None:

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..problem import AttentionProblem
 from ..triton.backward_key import write_key_gradients
@@ -106,7 +107,7 @@ def prepare_kernel(
     common_level, limit,
     SIZE: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """dout and δ divided by the normaliser, for the queries of a step; sets the counters to 0.
+    """dout and −δ divided by the normaliser, for the queries of a step; sets the counters to 0.
 
     levels, common_level: logarithm of what all weights of a key/value head, and of the call, lack.
     steady: which key/value heads have such a level; the others' gradients are made otherwise.
@@ -146,17 +147,17 @@ def prepare_kernel(
     padded = row.to(tl.int64) * (tl.num_programs(1) * QUERIES) + query
     gradient = gradient * inverse[:, None]
     tl.store(scaled + place, gradient.to(scaled.dtype.element_ty), mask=inside)
-    tl.store(delta + padded, product * inverse)
+    tl.store(delta + padded, -product * inverse)
 
 
 @triton.jit(do_not_specialize=["heads", "num_queries", "patterns"])
 def finish_kernel(
     sums, tiles, grad_query, final, heads, num_queries, patterns,
-    SIZE: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr, ROOMY: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries: its float32 sum times a constant, 0 where it sees no key.
 
-    `tiled_backward` wrote them step by step, in the order of its `store_part`.
+    `tiled_backward` wrote them step by step, in the order of its `store_part`; with `ROOMY` transposed.
     """
     row = tl.program_id(0)
     place = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (ROWS * SIZE)
@@ -169,7 +170,10 @@ def finish_kernel(
         seen = tl.zeros((ROWS * SIZE,), tl.int32) + tl.load(entry) < tl.load(entry + 1)
         total = tl.load(sums + place + element, mask=seen, other=0.0)
     total = (total * final).reshape(ROWS // 64, 2, 4, 4, 4, SIZE // 64, 2, 4, 2, 2)
-    total = total.permute(0, 3, 8, 4, 6, 1, 5, 2, 7, 9).reshape(ROWS, SIZE)
+    if ROOMY:
+        total = total.permute(0, 1, 5, 2, 7, 9, 3, 8, 4, 6).reshape(ROWS, SIZE)
+    else:
+        total = total.permute(0, 3, 8, 4, 6, 1, 5, 2, 7, 9).reshape(ROWS, SIZE)
     query = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     size = tl.arange(0, SIZE)
     place = (row.to(tl.int64) * num_queries + query)[:, None] * SIZE + size[None, :]
@@ -177,6 +181,31 @@ def finish_kernel(
         grad_query + place, total.to(grad_query.dtype.element_ty),
         mask=(query < num_queries)[:, None] & (size >= 0)[None, :],
     )  # fmt: skip
+
+
+def is_shared(problem: AttentionProblem, row_bytes: int) -> bool:
+    """Whether each query head is a work item of its own, although several share a key/value head.
+
+    Programs that step through all query heads of a key/value head drift apart from one head to the next.
+    Where these fill a band by themselves, their rows leave the L2 cache meanwhile. A window or
+    `KeyRanges` may leave too little work for a tile of keys with one query head.
+
+    Args:
+        row_bytes: query, gradient and float32 sum of one query and head.
+    """
+    group_bytes = problem.group * problem.query.shape[2] * row_bytes
+    return (
+        problem.group > 1
+        and problem.key.shape[3] == problem.value.shape[3]
+        and problem.sliding_window is None
+        and is_arithmetic(problem)
+        and group_bytes >= _BAND_BYTES
+    )
+
+
+def halves(tensor: Tensor) -> TensorDescriptor:
+    """Descriptor of the left and right halves of tiles of keys of a float32 sum."""
+    return pieces(tensor.flatten(0, 1), 1, KEYS, tensor.shape[3] // 2)
 
 
 def gradients(
@@ -196,6 +225,8 @@ def gradients(
     key_heads, num_keys, value_size = value.shape[1:]
     count = ceil_div(num_queries, ROWS)
     parts = ROWS // QUERIES
+    # Registers to spare: see `tiled_backward`.
+    roomy = size == value_size == QUERIES
     # As in the forward kernel.
     folded = is_foldable(problem)
     epsilon, common_level = square_terms(problem)
@@ -216,9 +247,17 @@ def gradients(
     key_tiles = ceil_div(num_keys, KEYS)
     new = query.new_empty
     grad_query = new(batch, heads, num_queries, size)
-    grad_key = new(batch, key_heads, num_keys, size)
-    grad_value = new(batch, key_heads, num_keys, value_size)
-    grad_key_bias = new(batch, key_heads, num_keys, dtype=torch.float32) if need_key_bias else None
+    share, num_rows, key_type, key_turns = 1, num_keys, query.dtype, None
+    row_bytes = (size + value_size) * query.element_size() + 4 * size
+    if is_shared(problem, row_bytes):
+        # Each query head adds its part of dk and dv, whole tiles, to float32 sums.
+        share, num_rows, key_type = problem.group, key_tiles * KEYS, torch.float32
+        key_turns = query.new_zeros(batch * key_heads * key_tiles, dtype=torch.int32)
+    grad_key = new(batch, key_heads, num_rows, size, dtype=key_type)
+    grad_value = new(batch, key_heads, num_rows, value_size, dtype=key_type)
+    grad_key_bias = None
+    if need_key_bias:
+        grad_key_bias = new(share, batch, key_heads, num_keys, dtype=torch.float32)
     left, right = reach(problem)
     first_seen = max(0, num_keys - num_queries + 1 - left)
     spans = seen = starts = ends = None
@@ -251,9 +290,8 @@ def gradients(
     )  # fmt: skip
     # Whole tiles, because the elements of a step are in an order of their own: size × 64.
     sums = new(batch * heads, count * parts * size, QUERIES, dtype=torch.float32)
-    row_bytes = (size + value_size) * query.element_size() + 4 * size
-    head_bytes = problem.group * num_queries * row_bytes
-    rows = batch * key_heads
+    head_bytes = problem.group // share * num_queries * row_bytes
+    rows = batch * key_heads * share
     band = min(max(1, _BAND_BYTES // head_bytes), rows)
     programs = min(num_processors(problem), key_tiles * rows)
     tail = min(ceil_div(_TAIL * programs, key_tiles), max(1, _TAIL_BYTES // head_bytes), rows)
@@ -264,12 +302,12 @@ def gradients(
         tiles(scaled, QUERIES),
         pieces(delta, 1, QUERIES),
         pieces(sums, 1, size, QUERIES),
-        tiles(grad_key, KEYS),
-        tiles(grad_value, KEYS),
+        *(tiles(x, KEYS) if share == 1 else halves(x) for x in (grad_key, grad_value)),
         spans,
         seen,
         counter,
         turns,
+        key_turns,
         contiguous_float(problem.gain),
         key_factor,
         grad_key_bias,
@@ -283,7 +321,8 @@ def gradients(
         band,
         tail,
         key_heads,
-        problem.group,
+        share,
+        problem.group // share,
         patterns,
         count,
         num_keys - num_queries,
@@ -294,12 +333,17 @@ def gradients(
         POWER=power,
         FOLDED=folded,
         SINGLE=problem.sinks is None,
+        ROOMY=roomy,
         num_warps=8,
     )
     finish_kernel[(batch * heads, count)](
         sums, seen, grad_query, final, heads, num_queries, patterns,
-        SIZE=size, ROWS=ROWS, FIELDS=FIELDS,
+        SIZE=size, ROWS=ROWS, FIELDS=FIELDS, ROOMY=roomy,
     )  # fmt: skip
+    if share > 1:
+        grad_key, grad_value = (x[:, :, :num_keys].to(key.dtype) for x in (grad_key, grad_value))
+    if grad_key_bias is not None:
+        grad_key_bias = grad_key_bias.sum(0) if share > 1 else grad_key_bias[0]
     if call is not None:
         _, for_wide_spreads = call.rules()
         prepared = prepare(call, out, log_normalizer, grad_out, for_wide_spreads)

@@ -17,11 +17,19 @@ have something before them while the consumers do something else:
 Of what is under way where a step ends, dv, nothing is read in the next one: the assembler would
 otherwise let all products run one by one.
 
+At head size 64 there are registers to spare (`is_roomy`): slopes stay float32 until dPᵀ is there, Kᵀ
+stays in registers for dqᵀ = Kᵀ·dSᵀ, and dq has two places in shared memory, so that it is handed over
+with dS, by one fence and barrier for both.
+
 A writer warp adds dq to a float32 sum in global memory by bulk copies. A tile of queries receives the
 parts of its keys in a fixed order, from the last keys to the first (in the last band of heads from the
 first to the last); a counter a tile of queries says whose turn it is. Programs take the tiles of a head
 in the same order from a counter, so a program only ever waits for one that started earlier. With
 causality later keys also begin with later queries, and the turns come round by themselves.
+
+Where several query heads share a key/value head, a program steps through all of them, or, where their
+rows would not stay in the L2 cache until other programs want them, through one: then dk and dv are
+float32 sums as well, to which query heads add in order.
 """
 
 # ruff: noqa: RUF059 - the tuples that hold a kernel's state are unpacked whole, by name
@@ -30,7 +38,7 @@ from __future__ import annotations
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language._core import _unwrap_if_constexpr, builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -65,6 +73,17 @@ def _add(tensor_desc, coord, src, _semantic=None):
     _semantic.builder.create_async_tma_reduce(
         ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle
     )
+
+
+@builtin
+def as_floats(buffer, rows, columns, layout, _semantic=None):
+    """A buffer in shared memory as one of (1, rows, columns) float32.
+
+    Its own method has another name in other versions of Triton.
+    """
+    shape = [1, _unwrap_if_constexpr(rows), _unwrap_if_constexpr(columns)]
+    layout = _unwrap_if_constexpr(layout)
+    return _semantic.memdesc_reinterpret(buffer, gl.float32, shape, layout)
 
 
 @gluon.jit
@@ -112,6 +131,15 @@ def publish(pointer, PENDING: gl.constexpr):
 
 
 @gluon.jit
+def complete():
+    """Waits until all bulk copies of a thread are in global memory."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; mov.u32 $0, 0;", "=r,r", [0],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def packed(x):
     """Pairs of neighbours of x (M, N) as bfloat16 in the two halves of int32 (M, N/2), here and now.
 
@@ -126,6 +154,14 @@ def packed(x):
         dtype=gl.int32,
         is_pure=False,
         pack=1,
+    )
+
+
+@gluon.jit
+def settled(x):
+    """x, computed here and now: the compiler would put it off until it is needed."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=False, pack=1
     )
 
 
@@ -200,21 +236,34 @@ def visible_in(query, item, tensors, limits, SCORE: gl.constexpr):
 
 @gluon.jit
 def place(index, shape):
-    """(tile of keys, row of B · K, rising) of a work item: band by band of heads.
+    """(tile of keys, row, rising) of a work item: band by band of rows, see `heads_of`.
 
     A band starts with its last keys and steps through queries upwards. The last one, of `tail` heads, is
     `rising`: it starts with its first keys and steps downwards, so that with causality the short items
     end the work.
     """
-    tiles, rows, band, tail, key_heads, group, patterns, query_tiles_count = shape
+    tiles, rows, band, tail, key_heads, share, group, patterns, query_tiles_count = shape
     position, row, rising = place_in_bands(index, tiles, rows, band, tail)
     return gl.where(rising, position, tiles - 1 - position), row, rising
 
 
 @gluon.jit
-def span_of(tile, row, shape, spans, limits):
+def heads_of(row, shape):
+    """(key/value head of B · K, first query head of B · H) of a row.
+
+    A row is a key/value head with a part of its query heads: with all of them where `share` is 1; else
+    first come all key/value heads with the first of `share` parts, then all with the second.
+    """
+    tiles, rows, band, tail, key_heads, share, group, patterns, query_tiles_count = shape
+    key_rows = rows // share
+    key_row = row % key_rows
+    return key_row, (key_row * share + row // key_rows) * group
+
+
+@gluon.jit
+def span_of(tile, key_row, shape, spans, limits):
     """(first plan tile, one past the last, how many) of those that see some of the keys."""
-    tiles, rows, band, tail, key_heads, group, patterns, query_tiles_count = shape
+    tiles, rows, band, tail, key_heads, share, group, patterns, query_tiles_count = shape
     if spans is None:
         offset, left, right, num_keys = limits
         start = tile * _KEYS
@@ -223,7 +272,7 @@ def span_of(tile, row, shape, spans, limits):
         count = gl.where(last >= 0, gl.maximum(last // _ROWS + 1 - first, 0), 0)
         last = first + count
     else:
-        entry = spans + (gl.minimum(row // key_heads, patterns - 1) * tiles + tile) * 3
+        entry = spans + (gl.minimum(key_row // key_heads, patterns - 1) * tiles + tile) * 3
         first = gl.load(entry)
         last = gl.load(entry + 1)
         count = gl.load(entry + 2)
@@ -234,15 +283,15 @@ def span_of(tile, row, shape, spans, limits):
 def following_item(counter, spans, shape, limits):
     """The next work item that no program has taken yet and whose keys some query sees, or one past the
     last; `gradient.clear_kernel` writes the others' gradients."""
-    tiles, rows, band, tail, key_heads, group, patterns, query_tiles_count = shape
+    tiles, rows, band, tail, key_heads, share, group, patterns, query_tiles_count = shape
     total = tiles * rows
     index = gl.atomic_add(counter, 1)
     tile, row, rising = place(gl.minimum(index, total - 1), shape)
-    first, last, count = span_of(tile, row, shape, spans, limits)
+    first, last, count = span_of(tile, heads_of(row, shape)[0], shape, spans, limits)
     while (count == 0) & (index < total):
         index = gl.atomic_add(counter, 1)
         tile, row, rising = place(gl.minimum(index, total - 1), shape)
-        first, last, count = span_of(tile, row, shape, spans, limits)
+        first, last, count = span_of(tile, heads_of(row, shape)[0], shape, spans, limits)
     return index
 
 
@@ -267,15 +316,17 @@ def producer(
         code_buffer, slope_buffer, sum_buffer, key_staging,
     ) = buffers  # fmt: skip
     (
-        keys_in, keys_out, values_in, values_out, queries_in, queries_out, grads_in, grads_out,
-        sum_in, sum_out, index_in, index_out,
+        keys_in, keys_out, values_in, values_out, rows_in, rows_out,
+        sum_in, sum_out, keys_added, index_in, index_out,
     ) = barriers  # fmt: skip
-    tiles, rows, band, tail, key_heads, group, patterns, query_tiles_count = shape
+    tiles, rows, band, tail, key_heads, share, group, patterns, query_tiles_count = shape
     total = tiles * rows
     QUERIES: gl.constexpr = query_tiles.block_shape[2]
     PER: gl.constexpr = _ROWS // QUERIES
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    GRAD_BYTES: gl.constexpr = grad_tiles.block_type.nbytes + delta_tiles.block_type.nbytes
+    ROW_BYTES: gl.constexpr = (
+        query_tiles.block_type.nbytes + grad_tiles.block_type.nbytes + delta_tiles.block_type.nbytes
+    )
     step = 0
     turn = 0
     index = following_item(counter, spans, shape, limits)
@@ -286,9 +337,10 @@ def producer(
         mbarrier.arrive(index_in.index(slot), count=1)
         if index < total:
             tile, row, rising = place(index, shape)
-            batch = row // key_heads
-            key_head = row % key_heads
-            first, last, count = span_of(tile, row, shape, spans, limits)
+            key_row, first_head = heads_of(row, shape)
+            batch = key_row // key_heads
+            key_head = key_row % key_heads
+            first, last, count = span_of(tile, key_row, shape, spans, limits)
             key_start = tile * _KEYS
             entries = entries_of(batch, table, patterns, query_tiles_count)
             mbarrier.wait(keys_out, (turn & 1) ^ 1)
@@ -296,7 +348,8 @@ def producer(
             _load(key_tiles, [batch, key_head, key_start, 0], keys_in, key_buffer.index(0))
             has_values = 0
             for member in range(group):
-                head = key_head * group + member
+                flat_head = first_head + member
+                head = flat_head % (key_heads * share * group)
                 for n in range(first * PER, last * PER):
                     i = gl.where(rising, (first + last) * PER - 1 - n, n)
                     low, high = seen_by_any(i // PER, entries, limits)
@@ -304,19 +357,13 @@ def producer(
                     touched = (low < key_start + _KEYS) & (high > key_start)
                     if touched:
                         stage = step % STAGES
-                        ready = queries_in.index(stage)
-                        mbarrier.wait(queries_out.index(stage), ((step // STAGES) & 1) ^ 1)
-                        mbarrier.expect(ready, query_tiles.block_type.nbytes)
+                        ready = rows_in.index(stage)
+                        mbarrier.wait(rows_out.index(stage), ((step // STAGES) & 1) ^ 1)
+                        mbarrier.expect(ready, ROW_BYTES)
                         query = i * QUERIES
-                        _load(
-                            query_tiles, [batch, head, query, 0], ready, query_buffer.index(stage)
-                        )
-                        stage = step & 1
-                        ready = grads_in.index(stage)
-                        flat_head = batch * key_heads * group + head
-                        mbarrier.wait(grads_out.index(stage), ((step >> 1) & 1) ^ 1)
-                        mbarrier.expect(ready, GRAD_BYTES)
-                        _load(grad_tiles, [batch, head, query, 0], ready, grad_buffer.index(stage))
+                        at = [batch, head, query, 0]
+                        _load(query_tiles, at, ready, query_buffer.index(stage))
+                        _load(grad_tiles, at, ready, grad_buffer.index(stage))
                         _load(delta_tiles, [flat_head, query], ready, delta_buffer.index(stage))
                         partial = (key_start < inner_start) | (key_start + _KEYS > inner_end)
                         code = 2 * i + partial.to(gl.int32)
@@ -337,30 +384,49 @@ def producer(
 
 
 @gluon.jit
-def writer(sum_tiles, buffers, barriers, spans, table, turns, shape, limits, QUERIES: gl.constexpr):
+def hand_over(sums, at, staging, is_first):
+    """Starts to add a tile to a sum, or to write it."""
+    if is_first:
+        _store(sums, at, staging)
+    else:
+        _add(sums, at, staging)
+
+
+@gluon.jit
+def writer(
+    sum_tiles, key_turns, buffers, barriers, spans, table, turns, shape, limits,
+    QUERIES: gl.constexpr,
+):  # fmt: skip
     (
         query_buffer, key_buffer, value_buffer, grad_buffer, delta_buffer, index_buffer,
         code_buffer, slope_buffer, sum_buffer, key_staging,
     ) = buffers  # fmt: skip
     (
-        keys_in, keys_out, values_in, values_out, queries_in, queries_out, grads_in, grads_out,
-        sum_in, sum_out, index_in, index_out,
+        keys_in, keys_out, values_in, values_out, rows_in, rows_out,
+        sum_in, sum_out, keys_added, index_in, index_out,
     ) = barriers  # fmt: skip
-    tiles, rows, band, tail, key_heads, group, patterns, query_tiles_count = shape
+    tiles, rows, band, tail, key_heads, share, group, patterns, query_tiles_count = shape
     total = tiles * rows
     PER: gl.constexpr = _ROWS // QUERIES
+    PLACES: gl.constexpr = sum_buffer.shape[0]
     step = 0
     turn = 0
+    key_turn = 0
     index = next_item(index_buffer, index_in, index_out, turn, 1)
     while index < total:
         tile, row, rising = place(index, shape)
-        batch = row // key_heads
-        first, last, count = span_of(tile, row, shape, spans, limits)
+        key_row, first_head = heads_of(row, shape)
+        batch = key_row // key_heads
+        first, last, count = span_of(tile, key_row, shape, spans, limits)
         key_start = tile * _KEYS
         entries = entries_of(batch, table, patterns, query_tiles_count)
+        if key_turns is not None:
+            if turn > 0:
+                mbarrier.wait(keys_added, (turn & 1) ^ 1)
+                publish(key_turns + key_turn, "0")
+            key_turn = key_row * tiles + tile
         for member in range(group):
-            head = row % key_heads * group + member
-            flat_head = batch * key_heads * group + head
+            flat_head = first_head + member
             own_turns = turns + flat_head * query_tiles_count * PER
             start = gl.where(rising, last - 1, first)
             low, high = seen_by_any(start, entries, limits)
@@ -377,13 +443,12 @@ def writer(sum_tiles, buffers, barriers, spans, table, turns, shape, limits, QUE
                         sent = -1
                     while arrived < before:
                         arrived = arrivals(own_turns + i)
-                    mbarrier.wait(sum_in, step & 1)
-                    if before == 0:
-                        _store(sum_tiles, [flat_head, i * sum_tiles.block_shape[1], 0], sum_buffer)
-                    else:
-                        _add(sum_tiles, [flat_head, i * sum_tiles.block_shape[1], 0], sum_buffer)
+                    own_sum = step % PLACES
+                    mbarrier.wait(sum_in.index(own_sum), (step // PLACES) & 1)
+                    at = [flat_head, i * sum_tiles.block_shape[1], 0]
+                    hand_over(sum_tiles, at, sum_buffer.index(own_sum), before == 0)
                     tma.store_wait(0)
-                    mbarrier.arrive(sum_out, count=1)
+                    mbarrier.arrive(sum_out.index(own_sum), count=1)
                     if sent >= 0:
                         publish(own_turns + sent, "1")
                     sent = i
@@ -396,29 +461,33 @@ def writer(sum_tiles, buffers, barriers, spans, table, turns, shape, limits, QUE
                 publish(own_turns + sent, "0")
         turn += 1
         index = next_item(index_buffer, index_in, index_out, turn, 1)
+    if key_turns is not None:  # noqa: SIM102 - decided at compile time
+        if turn > 0:
+            mbarrier.wait(keys_added, (turn & 1) ^ 1)
+            publish(key_turns + key_turn, "0")
 
 
 @gluon.jit
-def code_of(code_buffer, step):
+def code_of(code_buffer, stage):
     """Twice the tile of queries, and one more if keys are hidden from some of them."""
-    return number(code_buffer, step & 1, 8)
+    return number(code_buffer, stage, 8)
 
 
 @gluon.jit
-def delta_of(delta_buffer, step):
-    """δ of the queries of a step."""
+def delta_of(delta_buffer, stage):
+    """−δ of the queries of a step."""
     QUERIES: gl.constexpr = delta_buffer.shape[2]
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
-    return delta_buffer.index(step & 1).reshape([QUERIES]).load(gl.SliceLayout(0, SCORE))
+    return delta_buffer.index(stage).reshape([QUERIES]).load(gl.SliceLayout(0, SCORE))
 
 
 @gluon.jit
-def scores_of(query_buffer, key_buffer, step, STAGES: gl.constexpr):
+def scores_of(query_buffer, key_buffer, stage, step):
     """Starts K·Qᵀ."""
     QUERIES: gl.constexpr = query_buffer.shape[3]
     SIZE: gl.constexpr = query_buffer.shape[4]
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
-    queries = query_buffer.index(step % STAGES).reshape([QUERIES, SIZE])
+    queries = query_buffer.index(stage).reshape([QUERIES, SIZE])
     return warpgroup_mma(
         key_buffer.index(nothing(step)).reshape([_KEYS, SIZE]), queries.permute((1, 0)),
         gl.zeros([_KEYS, QUERIES], gl.float32, SCORE), use_acc=False, is_async=True,
@@ -426,24 +495,25 @@ def scores_of(query_buffer, key_buffer, step, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def bracket_of(delta, value_buffer, grad_buffer, step):
+def bracket_of(delta, value_buffer, grad_buffer, stage, step):
     """Starts V·doutᵀ − δ."""
     QUERIES: gl.constexpr = grad_buffer.shape[3]
     SIZE: gl.constexpr = value_buffer.shape[4]
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
-    grads = grad_buffer.index(step & 1).reshape([QUERIES, SIZE])
+    grads = grad_buffer.index(stage).reshape([QUERIES, SIZE])
     return warpgroup_mma(
         value_buffer.index(nothing(step)).reshape([_KEYS, SIZE]), grads.permute((1, 0)),
-        gl.zeros([_KEYS, QUERIES], gl.float32, SCORE) - delta[None, :], is_async=True,
+        gl.zeros([_KEYS, QUERIES], gl.float32, SCORE) + delta[None, :], is_async=True,
     )  # fmt: skip
 
 
 @gluon.jit
 def weigh(
     score, factors, code, member, item, terms, tensors, limits,
-    POWER: gl.constexpr, FOLDED: gl.constexpr,
+    POWER: gl.constexpr, FOLDED: gl.constexpr, ROOMY: gl.constexpr,
 ):  # fmt: skip
-    """Weights, as an operand and without the factors of the keys, and `packed` slopes of a step."""
+    """Weights, as an operand and without the factors of the keys, and slopes of a step, float32 or
+    `packed`."""
     QUERIES: gl.constexpr = score.shape[1]
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
     gain, starts, ends = tensors
@@ -458,7 +528,7 @@ def weigh(
     weight, slope = weight_and_slope(score, factor, inverse, gain is not None, POWER, FOLDED)
     if POWER > 0:
         weight = weight.to(gl.bfloat16)
-        slopes = packed(slope)
+        slopes = settled(slope) if ROOMY else packed(slope)
     else:
         if factors is not None:
             slope = slope * factors[:, None]
@@ -476,14 +546,14 @@ def weigh(
 
 
 @gluon.jit
-def add_to_values(value_sum, weight, grad_buffer, step):
+def add_to_values(value_sum, weight, grad_buffer, stage):
     """Starts value_sum + Pᵀ·dout."""
     QUERIES: gl.constexpr = grad_buffer.shape[3]
     SIZE: gl.constexpr = grad_buffer.shape[4]
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, SIZE, 16])
     return warpgroup_mma(
         gl.convert_layout(weight, gl.DotOperandLayout(0, SUM, 2)),
-        grad_buffer.index(step & 1).reshape([QUERIES, SIZE]), value_sum, is_async=True,
+        grad_buffer.index(stage).reshape([QUERIES, SIZE]), value_sum, is_async=True,
     )  # fmt: skip
 
 
@@ -511,30 +581,47 @@ def store_slope(
                 bracket = gl.where(visible_in(query, item, tensors, limits, SCORE), bracket, 0.0)
     if BIASED:
         bracket_sum = bracket_sum + lane_sums(bracket, _KEYS, QUERIES)
-    slope_buffer.index(step & 1).store((unpacked(slope, SCORE) * bracket).to(gl.bfloat16))
+    if slope.dtype != gl.float32:
+        slope = unpacked(slope, SCORE)
+    slope_buffer.index(step & 1).store((slope * bracket).to(gl.bfloat16))
     fence_async_shared()
     return bracket_sum
 
 
 @gluon.jit
-def part_of_queries(slope_buffer, key_buffer, step):
-    """Starts dS·K; each warp group computes half of its columns."""
-    QUERIES: gl.constexpr = slope_buffer.shape[2]
+def turned_keys(key_buffer):
+    """Kᵀ as an operand of `part_of_queries`."""
     SIZE: gl.constexpr = key_buffer.shape[4]
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, SIZE // 2, 16])
-    return warpgroup_mma(
-        slope_buffer.index(step & 1).permute((1, 0)),
-        key_buffer.index(nothing(step)).reshape([_KEYS, SIZE]),
-        gl.zeros([QUERIES, SIZE], gl.float32, LAYOUT), use_acc=False, is_async=True,
-    )  # fmt: skip
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])
+    keys = key_buffer.index(0).reshape([_KEYS, SIZE])
+    return keys.permute((1, 0)).load(gl.DotOperandLayout(0, LAYOUT, 2))
 
 
 @gluon.jit
-def add_to_keys(key_sum, slope_buffer, query_buffer, step, STAGES: gl.constexpr):
+def part_of_queries(turned, slope_buffer, key_buffer, step):
+    """Starts dS·K, of which each warp group computes half of the columns, or with `turned_keys` the
+    transpose, of which it computes half of the queries."""
+    QUERIES: gl.constexpr = slope_buffer.shape[2]
+    SIZE: gl.constexpr = key_buffer.shape[4]
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, SIZE // 2, 16])
+    slopes = slope_buffer.index(step & 1)
+    nothing_yet = gl.zeros([QUERIES, SIZE], gl.float32, LAYOUT)
+    if turned is not None:
+        part = warpgroup_mma(turned, slopes, nothing_yet, use_acc=False, is_async=True)
+    else:
+        keys = key_buffer.index(nothing(step)).reshape([_KEYS, SIZE])
+        part = warpgroup_mma(
+            slopes.permute((1, 0)), keys, nothing_yet, use_acc=False, is_async=True
+        )
+    return part
+
+
+@gluon.jit
+def add_to_keys(key_sum, slope_buffer, query_buffer, stage, step):
     """Starts key_sum + dSᵀ·Q."""
     QUERIES: gl.constexpr = query_buffer.shape[3]
     SIZE: gl.constexpr = query_buffer.shape[4]
-    queries = query_buffer.index(step % STAGES).reshape([QUERIES, SIZE])
+    queries = query_buffer.index(stage).reshape([QUERIES, SIZE])
     return warpgroup_mma(slope_buffer.index(step & 1), queries, key_sum, is_async=True)
 
 
@@ -552,19 +639,27 @@ def store_part(query_part, sum_buffer):
 
 
 @gluon.jit
+def sides(x):
+    """The left and the right half of the columns."""
+    SIZE: gl.constexpr = x.shape[1]
+    return gl.split(x.reshape([x.shape[0], 2, SIZE // 2]).permute((0, 2, 1)))
+
+
+@gluon.jit
 def consumer(
-    out_tiles, key_terms, buffers, barriers, spans, terms, tensors, limits, shape,
+    out_tiles, key_turns, key_terms, buffers, barriers, spans, terms, tensors, limits, shape,
     STAGES: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr, SINGLE: gl.constexpr,
+    ROOMY: gl.constexpr,
 ):  # fmt: skip
     (
         query_buffer, key_buffer, value_buffer, grad_buffer, delta_buffer, index_buffer,
         code_buffer, slope_buffer, sum_buffer, key_staging,
     ) = buffers  # fmt: skip
     (
-        keys_in, keys_out, values_in, values_out, queries_in, queries_out, grads_in, grads_out,
-        sum_in, sum_out, index_in, index_out,
+        keys_in, keys_out, values_in, values_out, rows_in, rows_out,
+        sum_in, sum_out, keys_added, index_in, index_out,
     ) = barriers  # fmt: skip
-    tiles, rows, band, tail, key_heads, group, patterns, query_tiles_count = shape
+    tiles, rows, band, tail, key_heads, share, group, patterns, query_tiles_count = shape
     grad_key_tiles, grad_value_tiles = out_tiles
     key_factors, grad_key_bias = key_terms
     scale, inverse, final = terms
@@ -575,6 +670,7 @@ def consumer(
     VALUE_SIZE: gl.constexpr = value_buffer.shape[4]
     PER: gl.constexpr = _ROWS // QUERIES
     BIASED: gl.constexpr = grad_key_bias is not None
+    PLACES: gl.constexpr = sum_buffer.shape[0]
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, SIZE, 16])
     VALUE_SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, VALUE_SIZE, 16])
@@ -584,91 +680,121 @@ def consumer(
     index = next_item(index_buffer, index_in, index_out, turn, 8)
     while index < tiles * rows:
         tile, row, rising = place(index, shape)
-        batch = row // key_heads
+        key_row, first_head = heads_of(row, shape)
+        batch = key_row // key_heads
         pattern = gl.minimum(batch, patterns - 1)
-        each = span_of(tile, row, shape, spans, limits)[2] * PER
-        item = (tile * _KEYS, pattern * (query_tiles_count * _ROWS), row % key_heads * group)
+        each = span_of(tile, key_row, shape, spans, limits)[2] * PER
+        first_head %= key_heads * share * group
+        item = (tile * _KEYS, pattern * (query_tiles_count * _ROWS), first_head)
         key_sum = gl.zeros([_KEYS, SIZE], gl.float32, SUM)
         bracket_sum = lane_sums(gl.zeros([_KEYS, QUERIES], gl.float32, SCORE), _KEYS, QUERIES)
         factors = key_factors
         if key_factors is not None:
             key = tile * _KEYS + gl.arange(0, _KEYS, KEY)
-            key_place = row.to(gl.int64) * num_keys + key
+            key_place = key_row.to(gl.int64) * num_keys + key
             factors = gl.load(key_factors + key_place, mask=key < num_keys, other=0.0)
 
         mbarrier.wait(keys_in, turn & 1)
-        mbarrier.wait(queries_in.index(step % STAGES), (step // STAGES) & 1)
-        score = warpgroup_mma_wait(0, deps=[scores_of(query_buffer, key_buffer, step, STAGES)])
-        mbarrier.wait(grads_in.index(step & 1), (step >> 1) & 1)
-        code = code_of(code_buffer, step)
-        weight, slope = weigh(score, factors, code, 0, item, terms, tensors, limits, POWER, FOLDED)
+        turned = None
+        if ROOMY:
+            turned = turned_keys(key_buffer)
+        stage = step % STAGES
+        mbarrier.wait(rows_in.index(stage), (step // STAGES) & 1)
+        score = warpgroup_mma_wait(0, deps=[scores_of(query_buffer, key_buffer, stage, step)])
+        code = code_of(code_buffer, stage)
+        weight, slope = weigh(
+            score, factors, code, 0, item, terms, tensors, limits, POWER, FOLDED, ROOMY
+        )
         no_values = gl.zeros([_KEYS, VALUE_SIZE], gl.float32, VALUE_SUM)
-        value_sum = add_to_values(no_values, weight, grad_buffer, step)
-        delta = delta_of(delta_buffer, step)
+        value_sum = add_to_values(no_values, weight, grad_buffer, stage)
+        delta = delta_of(delta_buffer, stage)
         value_sum = warpgroup_mma_wait(1, deps=[value_sum])
         mbarrier.wait(values_in, turn & 1)
+        if key_turns is not None:
+            # What the item before has added is in global memory by now.
+            complete()
+            mbarrier.arrive(keys_added, count=1, pred=turn > 0)
         for position in range(1, each * group):
-            following = step + 1
-            bracket = bracket_of(delta, value_buffer, grad_buffer, step)
+            bracket = bracket_of(delta, value_buffer, grad_buffer, stage, step)
             # dq of the step before is handed over only here, behind a product: a fence takes its time.
-            fence_async_shared()
-            mbarrier.arrive(sum_in, count=1, pred=position > 1)
+            if PLACES == 1:
+                fence_async_shared()
+                mbarrier.arrive(sum_in.index(0), count=1, pred=position > 1)
             value_sum = warpgroup_mma_wait(1, deps=[value_sum])
-            mbarrier.wait(queries_in.index(following % STAGES), (following // STAGES) & 1)
-            score = scores_of(query_buffer, key_buffer, following, STAGES)
+            following = (step + 1) % STAGES
+            mbarrier.wait(rows_in.index(following), ((step + 1) // STAGES) & 1)
+            score = scores_of(query_buffer, key_buffer, following, step)
             bracket = warpgroup_mma_wait(1, deps=[bracket])
             bracket_sum = store_slope(
                 bracket, slope, bracket_sum, code, slope_buffer, step, item, tensors, limits,
                 SINGLE, BIASED,
             )  # fmt: skip
-            mbarrier.arrive(grads_out.index(step & 1), count=1)
-            mbarrier.wait(grads_in.index(following & 1), (following >> 1) & 1)
+            if PLACES == 2:
+                mbarrier.arrive(sum_in.index((step - 1) & 1), count=1, pred=position > 1)
             code = code_of(code_buffer, following)
-            query_part = part_of_queries(slope_buffer, key_buffer, step)
-            key_part = add_to_keys(key_sum, slope_buffer, query_buffer, step, STAGES)
+            query_part = part_of_queries(turned, slope_buffer, key_buffer, step)
+            key_part = add_to_keys(key_sum, slope_buffer, query_buffer, stage, step)
             score = warpgroup_mma_wait(2, deps=[score])
             weight, slope = weigh(
-                score, factors, code, position // each, item, terms, tensors, limits, POWER, FOLDED
-            )
+                score, factors, code, position // each, item, terms, tensors, limits,
+                POWER, FOLDED, ROOMY,
+            )  # fmt: skip
             # Loaded here: between the stores of dq it would wait for these, earlier it has no registers.
             delta = delta_of(delta_buffer, following)
             # A wait is a branch, across which the assembler does not move code: without one here the
             # weights would be computed after the products that they should overlap.
-            mbarrier.wait(sum_out, (step & 1) ^ 1)
+            mbarrier.wait(sum_out.index(step % PLACES), ((step // PLACES) & 1) ^ 1)
             value_sum = add_to_values(value_sum, weight, grad_buffer, following)
-            query_part, key_sum, value_sum = warpgroup_mma_wait(
-                1, deps=[query_part, key_part, value_sum]
-            )
-            mbarrier.arrive(queries_out.index(step % STAGES), count=1)
-            store_part(query_part, sum_buffer)
+            # dq is stored while dk is still under way: its registers are the next product's.
+            query_part = warpgroup_mma_wait(2, deps=[query_part])
+            store_part(query_part, sum_buffer.index(step % PLACES))
+            key_sum, value_sum = warpgroup_mma_wait(1, deps=[key_part, value_sum])
+            mbarrier.arrive(rows_out.index(stage), count=1)
+            stage = following
             step += 1
 
-        bracket = bracket_of(delta, value_buffer, grad_buffer, step)
-        fence_async_shared()
-        mbarrier.arrive(sum_in, count=1, pred=each * group > 1)
+        bracket = bracket_of(delta, value_buffer, grad_buffer, stage, step)
+        if PLACES == 1:
+            fence_async_shared()
+            mbarrier.arrive(sum_in.index(0), count=1, pred=each * group > 1)
         bracket, value_sum = warpgroup_mma_wait(0, deps=[bracket, value_sum])
         bracket_sum = store_slope(
             bracket, slope, bracket_sum, code, slope_buffer, step, item, tensors, limits,
             SINGLE, BIASED,
         )  # fmt: skip
-        mbarrier.arrive(grads_out.index(step & 1), count=1)
         before = step
+        if PLACES == 2:
+            mbarrier.arrive(sum_in.index((before - 1) & 1), count=1, pred=each * group > 1)
         step += 1
-        query_part = part_of_queries(slope_buffer, key_buffer, before)
-        key_part = add_to_keys(key_sum, slope_buffer, query_buffer, before, STAGES)
+        query_part = part_of_queries(turned, slope_buffer, key_buffer, before)
+        key_part = add_to_keys(key_sum, slope_buffer, query_buffer, stage, before)
         staging = value_buffer.index(0)
         if key_factors is not None:
             value_sum = (
                 value_sum * gl.convert_layout(factors, gl.SliceLayout(1, VALUE_SUM))[:, None]
             )
-        staging.reshape([_KEYS, VALUE_SIZE]).store(value_sum.to(gl.bfloat16))
-        fence_async_shared()
-        at = [batch, row % key_heads, tile * _KEYS, 0]
-        _store(grad_value_tiles, at, staging)
-        mbarrier.wait(sum_out, (before & 1) ^ 1)
+        is_first = row == key_row
+        if key_turns is None:
+            at = [batch, key_row % key_heads, tile * _KEYS, 0]
+            staging.reshape([_KEYS, VALUE_SIZE]).store(value_sum.to(gl.bfloat16))
+            fence_async_shared()
+            _store(grad_value_tiles, at, staging)
+        else:
+            low, high = sides(value_sum)
+            at = [key_row, tile * _KEYS, 0]
+            at_high = [key_row, tile * _KEYS, VALUE_SIZE // 2]
+            staging = as_floats(staging, _KEYS, VALUE_SIZE // 2, grad_value_tiles.layout)
+            staging.reshape([_KEYS, VALUE_SIZE // 2]).store(low)
+            fence_async_shared()
+            arrived = arrivals(key_turns + key_row * tiles + tile)
+            while arrived < row // (rows // share):
+                arrived = arrivals(key_turns + key_row * tiles + tile)
+            hand_over(grad_value_tiles, at, staging, is_first)
+        own_sum = before % PLACES
+        mbarrier.wait(sum_out.index(own_sum), ((before // PLACES) & 1) ^ 1)
         query_part, key_total = warpgroup_mma_wait(0, deps=[query_part, key_part])
-        mbarrier.arrive(queries_out.index(before % STAGES), count=1)
-        store_part(query_part, sum_buffer)
+        mbarrier.arrive(rows_out.index(stage), count=1)
+        store_part(query_part, sum_buffer.index(own_sum))
         if BIASED:
             # Σ P·bracket: of the squares, Σ s·dS, what k_j·dk_j is; the rest is a constant a key.
             keys = key_buffer.index(0).reshape([_KEYS, SIZE]).load(SUM).to(gl.float32)
@@ -682,36 +808,61 @@ def consumer(
             place_of_key = row.to(gl.int64) * num_keys + key
             gl.store(grad_key_bias + place_of_key, squares + rest, mask=key < num_keys)
         mbarrier.arrive(keys_out, count=1)
-        tma.store_wait(0)
-        staging = key_staging.index(0)
-        staging.reshape([_KEYS, SIZE]).store((key_total * final).to(gl.bfloat16))
-        fence_async_shared()
-        mbarrier.arrive(sum_in, count=1)
-        _store(grad_key_tiles, at, staging)
+        if key_turns is None:
+            tma.store_wait(0)
+            staging = key_staging.index(0)
+            staging.reshape([_KEYS, SIZE]).store((key_total * final).to(gl.bfloat16))
+            fence_async_shared()
+            mbarrier.arrive(sum_in.index(own_sum), count=1)
+            _store(grad_key_tiles, at, staging)
+        else:
+            other = slope_buffer
+            if SIZE == QUERIES:
+                other = slope_buffer.index(0)
+            other = as_floats(other, _KEYS, SIZE // 2, grad_key_tiles.layout)
+            other.reshape([_KEYS, VALUE_SIZE // 2]).store(high)
+            fence_async_shared()
+            mbarrier.arrive(sum_in.index(own_sum), count=1)
+            hand_over(grad_value_tiles, at_high, other, is_first)
+            low, high = sides(key_total * final)
+            tma.store_wait(1)
+            staging.reshape([_KEYS, SIZE // 2]).store(low)
+            fence_async_shared()
+            hand_over(grad_key_tiles, at, staging, is_first)
+            tma.store_wait(1)
+            other.reshape([_KEYS, SIZE // 2]).store(high)
+            fence_async_shared()
+            hand_over(grad_key_tiles, at_high, other, is_first)
         tma.store_wait(0)
         mbarrier.arrive(values_out, count=1)
         turn += 1
         index = next_item(index_buffer, index_in, index_out, turn, 8)
+    if key_turns is not None:
+        complete()
+        mbarrier.arrive(keys_added, count=1, pred=turn > 0)
 
 
 @gluon.jit(
     do_not_specialize=[
-        "tiles", "rows", "band", "tail", "key_heads", "group", "patterns", "query_tiles_count",
+        "tiles", "rows", "band", "tail", "key_heads", "share", "group", "patterns", "query_tiles_count",
         "offset", "left", "right", "num_keys",
     ]
 )  # fmt: skip
 def backward_kernel(
     query_tiles, key_tiles, value_tiles, grad_tiles, delta_tiles, sum_tiles,
     grad_key_tiles, grad_value_tiles,
-    spans, table, counter, turns,
+    spans, table, counter, turns, key_turns,
     gain, key_factors, grad_key_bias, starts, ends, scale, inverse, final,
-    tiles, rows, band, tail, key_heads, group, patterns, query_tiles_count,
+    tiles, rows, band, tail, key_heads, share, group, patterns, query_tiles_count,
     offset, left, right, num_keys,
     STAGES: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr, SINGLE: gl.constexpr,
+    ROOMY: gl.constexpr,
 ):  # fmt: skip
     QUERIES: gl.constexpr = query_tiles.block_shape[2]
     SIZE: gl.constexpr = query_tiles.block_shape[3]
     VALUE_SIZE: gl.constexpr = value_tiles.block_shape[3]
+    # Places for dq.
+    PLACES: gl.constexpr = 2 if ROOMY else 1
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     SQUARE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -719,7 +870,7 @@ def backward_kernel(
         gl.bfloat16, [STAGES, 1, 1, QUERIES, SIZE], query_tiles.layout
     )
     grad_buffer = gl.allocate_shared_memory(
-        gl.bfloat16, [2, 1, 1, QUERIES, VALUE_SIZE], grad_tiles.layout
+        gl.bfloat16, [STAGES, 1, 1, QUERIES, VALUE_SIZE], grad_tiles.layout
     )
     key_buffer = gl.allocate_shared_memory(gl.bfloat16, [1, 1, 1, _KEYS, SIZE], key_tiles.layout)
     value_buffer = gl.allocate_shared_memory(
@@ -732,35 +883,34 @@ def backward_kernel(
             gl.bfloat16, [1, 1, 1, _KEYS, SIZE], grad_key_tiles.layout
         )
     slope_buffer = gl.allocate_shared_memory(gl.bfloat16, [2, _KEYS, QUERIES], SQUARE)
-    sum_buffer = gl.allocate_shared_memory(gl.float32, [1, SIZE, 64], sum_tiles.layout)
-    delta_buffer = gl.allocate_shared_memory(gl.float32, [2, 1, QUERIES], delta_tiles.layout)
+    sum_buffer = gl.allocate_shared_memory(gl.float32, [PLACES, 1, SIZE, 64], sum_tiles.layout)
+    delta_buffer = gl.allocate_shared_memory(gl.float32, [STAGES, 1, QUERIES], delta_tiles.layout)
     index_buffer = gl.allocate_shared_memory(gl.int32, [2, 1], PLAIN)
-    code_buffer = gl.allocate_shared_memory(gl.int32, [2, 1], PLAIN)
+    code_buffer = gl.allocate_shared_memory(gl.int32, [STAGES, 1], PLAIN)
     keys_in = gl.allocate_shared_memory(gl.int64, [1], BAR)
     keys_out = gl.allocate_shared_memory(gl.int64, [1], BAR)
     values_in = gl.allocate_shared_memory(gl.int64, [1], BAR)
     values_out = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    sum_in = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    sum_out = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    queries_in = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    queries_out = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    grads_in = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    grads_out = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    sum_in = gl.allocate_shared_memory(gl.int64, [PLACES, 1], BAR)
+    sum_out = gl.allocate_shared_memory(gl.int64, [PLACES, 1], BAR)
+    keys_added = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    rows_in = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    rows_out = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     index_in = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
     index_out = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
     mbarrier.init(keys_in, count=1)
     mbarrier.init(keys_out, count=1)
     mbarrier.init(values_in, count=1)
     mbarrier.init(values_out, count=1)
-    mbarrier.init(sum_in, count=1)
-    mbarrier.init(sum_out, count=1)
+    for i in gl.static_range(PLACES):
+        mbarrier.init(sum_in.index(i), count=1)
+        mbarrier.init(sum_out.index(i), count=1)
+    mbarrier.init(keys_added, count=1)
     for i in gl.static_range(STAGES):
-        mbarrier.init(queries_in.index(i), count=1)
-        mbarrier.init(queries_out.index(i), count=1)
-    for i in gl.static_range(2):
         # One arrival for the copies, one for the code.
-        mbarrier.init(grads_in.index(i), count=2)
-        mbarrier.init(grads_out.index(i), count=1)
+        mbarrier.init(rows_in.index(i), count=2)
+        mbarrier.init(rows_out.index(i), count=1)
+    for i in gl.static_range(2):
         mbarrier.init(index_in.index(i), count=1)
         mbarrier.init(index_out.index(i), count=2)
     fence_async_shared()
@@ -770,10 +920,10 @@ def backward_kernel(
         code_buffer, slope_buffer, sum_buffer, key_staging,
     )  # fmt: skip
     barriers = (
-        keys_in, keys_out, values_in, values_out, queries_in, queries_out, grads_in, grads_out,
-        sum_in, sum_out, index_in, index_out,
+        keys_in, keys_out, values_in, values_out, rows_in, rows_out,
+        sum_in, sum_out, keys_added, index_in, index_out,
     )  # fmt: skip
-    shape = (tiles, rows, band, tail, key_heads, group, patterns, query_tiles_count)
+    shape = (tiles, rows, band, tail, key_heads, share, group, patterns, query_tiles_count)
     terms = (scale, inverse, final)
     tensors = (gain, starts, ends)
     limits = (offset, left, right, num_keys)
@@ -781,11 +931,12 @@ def backward_kernel(
     key_terms = (key_factors, grad_key_bias)
     gl.warp_specialize(
         [
-            (consumer, (out_tiles, key_terms, buffers, barriers, spans, terms, tensors, limits, shape,
-                        STAGES, POWER, FOLDED, SINGLE)),
+            (consumer, (out_tiles, key_turns, key_terms, buffers, barriers, spans, terms, tensors,
+                        limits, shape, STAGES, POWER, FOLDED, SINGLE, ROOMY)),
             (producer, (descriptors, buffers, barriers, spans, table, counter, shape, limits,
                         STAGES)),
-            (writer, (sum_tiles, buffers, barriers, spans, table, turns, shape, limits, QUERIES)),
+            (writer, (sum_tiles, key_turns, buffers, barriers, spans, table, turns, shape, limits,
+                      QUERIES)),
         ],
         [1, 1],
         [24, 24],
