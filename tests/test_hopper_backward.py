@@ -19,6 +19,7 @@ from torch import Tensor
 from hf_expressive.ops import hopper, reference, triton
 from hf_expressive.ops.hopper import gradient
 from hf_expressive.ops.problem import AttentionProblem
+from hf_expressive.ops.response import Response
 
 BFLOAT16 = torch.bfloat16
 #: What the kernel covers: no mask a key.
@@ -314,6 +315,54 @@ def test_matches_the_reference(name: str, size: int, value_size: int) -> None:
 
 @needs_hopper
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain",
+        "causal",
+        "two heads that share a tile of keys",
+        "more heads than programs",
+        "power 2, gain",
+        "sinks",
+        "square, key bias, causal",
+    ],
+)
+def test_query_heads_that_share_sums(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient, "_BAND_BYTES", 1)
+    check(problem_of(name, size))
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "num_queries", "num_keys", "options", "expected"),
+    [
+        (32, 8, 8192, 8192, {"is_causal": True}, True),
+        (32, 8, 8192, 8192, {}, True),
+        (32, 8, 4096, 4096, {"is_causal": True}, False),
+        (8, 8, 65536, 65536, {"is_causal": True}, False),
+        (32, 8, 8192, 8192, {"is_causal": True, "sliding_window": 1024}, False),
+        (32, 8, 8192, 4096, {"is_causal": True}, False),
+    ],
+)
+def test_query_heads_share_sums_where_their_rows_would_leave_the_cache(
+    heads: int, key_heads: int, num_queries: int, num_keys: int, options: dict, expected: bool
+) -> None:
+    def empty(heads: int, length: int) -> Tensor:
+        return torch.empty(1, heads, length, 128, dtype=BFLOAT16, device="meta")
+
+    problem = AttentionProblem(
+        query=empty(heads, num_queries),
+        key=empty(key_heads, num_keys),
+        value=empty(key_heads, num_keys),
+        response=Response("hill"),
+        scale=1.0,
+        **options,
+    )
+    assert gradient.is_shared(problem, row_bytes=4 * 128 + 4 * 128) is expected
+
+
+@needs_hopper
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("magnitude", [1e-3, 30.0])
 @pytest.mark.parametrize("name", ["causal", "gain", "small scale"])
 def test_scores_of_any_size(name: str, magnitude: float) -> None:
@@ -322,7 +371,13 @@ def test_scores_of_any_size(name: str, magnitude: float) -> None:
 
 @needs_hopper
 @pytest.mark.parametrize(
-    "sizes", [(2, 40, 40, 2048, 2048, 64, 64), (1, 24, 6, 4096, 4096, 128, 128)]
+    "sizes",
+    [
+        (2, 40, 40, 2048, 2048, 64, 64),
+        (1, 24, 6, 4096, 4096, 128, 128),
+        (1, 24, 6, 8192, 8192, 128, 128),
+        (1, 16, 2, 8192, 8192, 64, 64),
+    ],
 )
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_matches_the_portable_kernels_at_full_size(sizes: tuple[int, ...], is_causal: bool) -> None:

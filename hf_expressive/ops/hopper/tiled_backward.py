@@ -17,7 +17,7 @@ have something before them while the consumers do something else:
 Of what is under way where a step ends, dv, nothing is read in the next one: the assembler would
 otherwise let all products run one by one.
 
-At head size 64 there are registers to spare (`is_roomy`): slopes stay float32 until dPᵀ is there, Kᵀ
+At head size 64 there are registers to spare (`ROOMY`): slopes stay float32 until dPᵀ is there, Kᵀ
 stays in registers for dqᵀ = Kᵀ·dSᵀ, and dq has two places in shared memory, so that it is handed over
 with dS, by one fence and barrier for both.
 
@@ -592,7 +592,7 @@ def store_slope(
 def turned_keys(key_buffer):
     """Kᵀ as an operand of `part_of_queries`."""
     SIZE: gl.constexpr = key_buffer.shape[4]
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, SIZE // 2, 16])
     keys = key_buffer.index(0).reshape([_KEYS, SIZE])
     return keys.permute((1, 0)).load(gl.DotOperandLayout(0, LAYOUT, 2))
 
