@@ -183,27 +183,30 @@ def finish_kernel(
     )  # fmt: skip
 
 
-def is_shared(problem: AttentionProblem, row_bytes: int) -> bool:
+def group_bytes(problem: AttentionProblem) -> int:
+    """Bytes of queries, gradients and float32 sums of the query heads of a key/value head."""
+    size, value_size = problem.query.shape[3], problem.value.shape[3]
+    row_bytes = (size + value_size) * problem.query.element_size() + 4 * size
+    return problem.group * problem.query.shape[2] * row_bytes
+
+
+def is_shared(problem: AttentionProblem) -> bool:
     """Whether each query head is a work item of its own, although several share a key/value head.
 
     Programs that step through all query heads of a key/value head drift apart from one head to the next.
     Where these fill a band by themselves, their rows leave the L2 cache meanwhile. A window or
     `KeyRanges` may leave too little work for a tile of keys with one query head.
-
-    Args:
-        row_bytes: query, gradient and float32 sum of one query and head.
     """
-    group_bytes = problem.group * problem.query.shape[2] * row_bytes
     return (
         problem.group > 1
         and problem.key.shape[3] == problem.value.shape[3]
         and problem.sliding_window is None
         and is_arithmetic(problem)
-        and group_bytes >= _BAND_BYTES
+        and group_bytes(problem) >= _BAND_BYTES
     )
 
 
-def halves(tensor: Tensor) -> TensorDescriptor:
+def half_tiles(tensor: Tensor) -> TensorDescriptor:
     """Descriptor of the left and right halves of tiles of keys of a float32 sum."""
     return pieces(tensor.flatten(0, 1), 1, KEYS, tensor.shape[3] // 2)
 
@@ -248,8 +251,7 @@ def gradients(
     new = query.new_empty
     grad_query = new(batch, heads, num_queries, size)
     share, num_rows, key_type, key_turns = 1, num_keys, query.dtype, None
-    row_bytes = (size + value_size) * query.element_size() + 4 * size
-    if is_shared(problem, row_bytes):
+    if is_shared(problem):
         # Each query head adds its part of dk and dv, whole tiles, to float32 sums.
         share, num_rows, key_type = problem.group, key_tiles * KEYS, torch.float32
         key_turns = query.new_zeros(batch * key_heads * key_tiles, dtype=torch.int32)
@@ -290,7 +292,7 @@ def gradients(
     )  # fmt: skip
     # Whole tiles, because the elements of a step are in an order of their own: size × 64.
     sums = new(batch * heads, count * parts * size, QUERIES, dtype=torch.float32)
-    head_bytes = problem.group // share * num_queries * row_bytes
+    head_bytes = group_bytes(problem) // share
     rows = batch * key_heads * share
     band = min(max(1, _BAND_BYTES // head_bytes), rows)
     programs = min(num_processors(problem), key_tiles * rows)
@@ -302,7 +304,7 @@ def gradients(
         tiles(scaled, QUERIES),
         pieces(delta, 1, QUERIES),
         pieces(sums, 1, size, QUERIES),
-        *(tiles(x, KEYS) if share == 1 else halves(x) for x in (grad_key, grad_value)),
+        *(tiles(x, KEYS) if share == 1 else half_tiles(x) for x in (grad_key, grad_value)),
         spans,
         seen,
         counter,

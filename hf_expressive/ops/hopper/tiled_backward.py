@@ -717,6 +717,7 @@ def consumer(
         for position in range(1, each * group):
             bracket = bracket_of(delta, value_buffer, grad_buffer, stage, step)
             # dq of the step before is handed over only here, behind a product: a fence takes its time.
+            # With two places that can wait for the fence of dS.
             if PLACES == 1:
                 fence_async_shared()
                 mbarrier.arrive(sum_in.index(0), count=1, pred=position > 1)
