@@ -269,6 +269,10 @@ def _load_memory(pointer: Pointer, mask: Any = True, other: float = 0) -> Tensor
     return torch.where(inside, found, torch.as_tensor(other, dtype=found.dtype))
 
 
+def _multiply_pairs(one: Tensor, other: Tensor) -> Tensor:
+    return (one.int().view(torch.bfloat16) * other.int().view(torch.bfloat16)).view(torch.int32)
+
+
 def _store_memory(pointer: Pointer, value: Tensor, mask: Any = True) -> None:
     place = torch.as_tensor(pointer.offset)
     inside = torch.as_tensor(mask).expand(place.shape)
@@ -333,7 +337,7 @@ class _Namespace:
             "as_floats": lambda buffer, rows, columns, _: buffer.as_floats(rows, columns),
             "number": lambda buffer, place, _: buffer.index(place).load(None).max(),
             "reciprocal": lambda x: 1.0 / x, "packed": lambda x: x.bfloat16().view(torch.int32),
-            "unpacked": lambda x, _: x.int().view(torch.bfloat16).float(),
+            "products": _multiply_pairs,
             "halves": lambda x, _: x.int().view(torch.bfloat16),
             "unsigned": lambda x: x.long() & 0xFFFFFFFF,
             "as_multiplied": lambda x, dtype, lift: (x * lift).to(dtype).float() / lift,

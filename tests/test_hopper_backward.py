@@ -97,6 +97,24 @@ def test_matches_the_reference_in_any_order_of_events(
     check(problem_of(name, size))
 
 
+def in_sweeps(size: int, monkeypatch: pytest.MonkeyPatch) -> AttentionProblem:
+    """A problem whose first head takes two programs five sweeps, of which the third is turned round."""
+    monkeypatch.setattr(gradient, "_BAND_BYTES", 1)
+    monkeypatch.setattr(gradient, "num_processors", lambda _: 2)
+    sizes = (1, 2, 1, 1100, 1120, size, size)
+    return Case("in sweeps", sizes, BFLOAT16, 1.0, {"is_causal": True}).problem()
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("size", "seed"), [(64, 20), (128, 21), (64, 22)])
+def test_every_second_sweep_over_a_long_row_is_turned_round(
+    size: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradient, "backward_kernel", launcher("backward_kernel", seed))
+    check(in_sweeps(size, monkeypatch))
+
+
 @needs_interpreter
 @pytest.mark.parametrize(("size", "value_size"), [(128, 64), (64, 128)])
 def test_values_of_another_size_than_keys(
@@ -132,15 +150,15 @@ def test_results_do_not_depend_on_the_order_of_events(monkeypatch: pytest.Monkey
     assert all(all(map(torch.equal, result, results[0])) for result in results)
 
 
-#: What breaks the kernel: (size, whether query heads share sums, what stands there, what instead).
+#: What breaks the kernel: (size, for which problem, what stands there, what instead).
 FAULTS = [
     # a part of dq overwritten before it was read
-    (64, False, "                    tma.store_wait(0)\n", ""),
-    (128, False, "                    tma.store_wait(0)\n", ""),
+    (64, "plain", "                    tma.store_wait(0)\n", ""),
+    (128, "plain", "                    tma.store_wait(0)\n", ""),
     # queries released while they are multiplied for dk
     (
         64,
-        False,
+        "plain",
         "            score = warpgroup_mma_wait(2, deps=[score])\n",
         "            score = warpgroup_mma_wait(2, deps=[score])\n"
         "            mbarrier.arrive(rows_out.index(stage), count=1)\n",
@@ -148,67 +166,70 @@ FAULTS = [
     # scores of queries that have not come
     (
         64,
-        False,
+        "plain",
         "            mbarrier.wait(rows_in.index(following), ((step + 1) // STAGES) & 1)\n",
         "",
     ),
     # a part of dq stored before the writer has read what was there
     (
         64,
-        False,
+        "plain",
         "            mbarrier.wait(sum_out.index(step % PLACES), ((step // PLACES) & 1) ^ 1)\n",
         "",
     ),
     (
         128,
-        False,
+        "plain",
         "            mbarrier.wait(sum_out.index(step % PLACES), ((step // PLACES) & 1) ^ 1)\n",
         "",
     ),
     # a part of dq handed over that is not there yet
-    (64, False, "sum_in.index((step - 1) & 1), count=1", "sum_in.index(step & 1), count=1"),
+    (64, "plain", "sum_in.index((step - 1) & 1), count=1", "sum_in.index(step & 1), count=1"),
     # parts of dq added whenever they come, the first of which should overwrite
-    (64, False, "while arrived < before", "while arrived < 0"),
+    (64, "plain", "while arrived < before", "while arrived < 0"),
     # the wrong phase
-    (64, False, "mbarrier.wait(keys_in, turn & 1)", "mbarrier.wait(keys_in, turn + 1 & 1)"),
+    (64, "plain", "mbarrier.wait(keys_in, turn & 1)", "mbarrier.wait(keys_in, turn + 1 & 1)"),
     # the counter raised before the last part has come
     (
         64,
-        False,
+        "plain",
         'publish(own_turns + sent, "0")\n        turn += 1',
         'publish(own_turns + sent, "1")\n        turn += 1',
     ),
     # values in their place before dk has left it
     (
         64,
-        False,
+        "plain",
         "        tma.store_wait(0)\n        mbarrier.arrive(values_out, count=1)\n",
         "        mbarrier.arrive(values_out, count=1)\n",
     ),
     # dk in the place of dv before that has left
-    (64, False, "            tma.store_wait(0)\n            staging", "            staging"),
+    (64, "plain", "            tma.store_wait(0)\n            staging", "            staging"),
     # keys released while they are multiplied for dq
     (
         128,
-        False,
+        "plain",
         "        query_part, key_total = warpgroup_mma_wait(0, deps=[query_part, key_part])\n",
         "        mbarrier.arrive(keys_out, count=1)\n"
         "        query_part, key_total = warpgroup_mma_wait(0, deps=[query_part, key_part])\n",
     ),
     # query heads that add to dv before it is their turn
-    (64, True, "while arrived < row // (rows // share)", "while arrived < 0"),
+    (64, "shared", "while arrived < row // (rows // share)", "while arrived < 0"),
     # the turn handed on before all of dk has come
-    (64, True, "    complete()\n", "    pass\n"),
+    (64, "shared", "    complete()\n", "    pass\n"),
     # halves of dk in the place of halves of dv before these have left
-    (128, True, "            tma.store_wait(1)\n            staging", "            staging"),
-    (64, True, "            tma.store_wait(1)\n            other", "            other"),
+    (128, "shared", "            tma.store_wait(1)\n            staging", "            staging"),
+    (64, "shared", "            tma.store_wait(1)\n            other", "            other"),
+    # parts of dq in another order than that of the items
+    (64, "in sweeps", "gl.maximum(last - highest, 0) + tile", "tile"),
+    (64, "in sweeps", "gl.maximum(low // _KEYS, lowest)", "low // _KEYS"),
 ]
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("size", "is_shared", "old", "new"), FAULTS)
+@pytest.mark.parametrize(("size", "name", "old", "new"), FAULTS)
 def test_the_machine_notices_a_broken_kernel(
-    size: int, is_shared: bool, old: str, new: str, monkeypatch: pytest.MonkeyPatch
+    size: int, name: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(source: str) -> str:
         assert old in source
@@ -216,10 +237,14 @@ def test_the_machine_notices_a_broken_kernel(
 
     # One head at a time, so that programs meet at its queries.
     monkeypatch.setattr(gradient, "_BAND_BYTES", 1)
-    if not is_shared:
+    if name == "plain":
         monkeypatch.setattr(gradient, "is_shared", lambda *_: False)
-
-    problem = problem_of("two heads that share a tile of keys" if is_shared else "plain", size)
+    if name == "in sweeps":
+        problem = in_sweeps(size, monkeypatch)
+    else:
+        problem = problem_of(
+            "two heads that share a tile of keys" if name == "shared" else "plain", size
+        )
 
     def fails(seed: int) -> bool:
         monkeypatch.setattr(gradient, "backward_kernel", launcher("backward_kernel", seed, broken))
@@ -377,6 +402,8 @@ def test_scores_of_any_size(name: str, magnitude: float) -> None:
         (1, 24, 6, 4096, 4096, 128, 128),
         (1, 24, 6, 8192, 8192, 128, 128),
         (1, 16, 2, 8192, 8192, 64, 64),
+        # long enough for sweeps that are turned round
+        (1, 2, 1, 40960, 40960, 128, 128),
     ],
 )
 @pytest.mark.parametrize("is_causal", [True, False])

@@ -297,6 +297,9 @@ def gradients(
     band = min(max(1, _BAND_BYTES // head_bytes), rows)
     programs = min(num_processors(problem), key_tiles * rows)
     tail = min(ceil_div(_TAIL * programs, key_tiles), max(1, _TAIL_BYTES // head_bytes), rows)
+    # Programs drift apart where items become longer; in a band of many rows not far.
+    is_growing = problem.is_causal and problem.sliding_window is None and is_arithmetic(problem)
+    sweep = programs if is_growing and band == 1 else key_tiles
     backward_kernel[(programs,)](
         tiles(query, QUERIES),
         tiles(key, KEYS),
@@ -322,6 +325,7 @@ def gradients(
         rows,
         band,
         tail,
+        sweep,
         key_heads,
         share,
         problem.group // share,

@@ -22,10 +22,10 @@ stays in registers for dqᵀ = Kᵀ·dSᵀ, and dq has two places in shared memo
 with dS, by one fence and barrier for both.
 
 A writer warp adds dq to a float32 sum in global memory by bulk copies. A tile of queries receives the
-parts of its keys in a fixed order, from the last keys to the first (in the last band of heads from the
-first to the last); a counter a tile of queries says whose turn it is. Programs take the tiles of a head
-in the same order from a counter, so a program only ever waits for one that started earlier. With
-causality later keys also begin with later queries, and the turns come round by themselves.
+parts of its keys in the order in which programs take the tiles of keys from a counter (`place`), mostly
+from the last keys to the first; a counter a tile of queries says whose turn it is. So a program only
+waits for one that started earlier, and with causality, where later keys also begin with later queries,
+the turns come round by themselves.
 
 Where several query heads share a key/value head, a program steps through all of them, or, where their
 rows would not stay in the L2 cache until other programs want them, through one: then dk and dv are
@@ -166,12 +166,11 @@ def settled(x):
 
 
 @gluon.jit
-def unpacked(pairs, LAYOUT: gl.constexpr):
-    """The float32 (M, N) of `packed` pairs."""
-    low = (pairs << 16).to(gl.float32, bitcast=True)
-    high = (pairs & -65536).to(gl.float32, bitcast=True)
-    whole = gl.join(low, high).reshape([pairs.shape[0], pairs.shape[1] * 2])
-    return gl.convert_layout(whole, LAYOUT, assert_trivial=True)
+def products(one, other):
+    """Products of `packed` pairs, rounded."""
+    return gl.inline_asm_elementwise(
+        "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [one, other], dtype=gl.int32, is_pure=True, pack=1
+    )
 
 
 @gluon.jit
@@ -235,6 +234,22 @@ def visible_in(query, item, tensors, limits, SCORE: gl.constexpr):
 
 
 @gluon.jit
+def sweep_of(position, shape):
+    """(first position, how many, whether turned round) of the sweep of a position.
+
+    In a sweep over a row each program takes one tile. Under causality items become longer as they begin
+    with earlier queries, so that programs drift apart by two steps a tile with each sweep, until the L2
+    cache does not hold the queries between the first and the last of them. Every second sweep, from the
+    third on, takes its tiles in the opposite order, which brings programs together again.
+    """
+    tiles, rows, band, tail, sweep, key_heads, share, group, patterns, query_tiles_count = shape
+    number_of_sweep = position // sweep
+    first = number_of_sweep * sweep
+    is_turned = (number_of_sweep > 1) & (number_of_sweep % 2 == 0)
+    return first, gl.minimum(sweep, tiles - first), is_turned
+
+
+@gluon.jit
 def place(index, shape):
     """(tile of keys, row, rising) of a work item: band by band of rows, see `heads_of`.
 
@@ -242,9 +257,33 @@ def place(index, shape):
     `rising`: it starts with its first keys and steps downwards, so that with causality the short items
     end the work.
     """
-    tiles, rows, band, tail, key_heads, share, group, patterns, query_tiles_count = shape
+    tiles, rows, band, tail, sweep, key_heads, share, group, patterns, query_tiles_count = shape
     position, row, rising = place_in_bands(index, tiles, rows, band, tail)
-    return gl.where(rising, position, tiles - 1 - position), row, rising
+    first, count, is_turned = sweep_of(position, shape)
+    falling = gl.where(is_turned, 2 * first + count - 1 - position, position)
+    return gl.where(rising, position, tiles - 1 - falling), row, rising
+
+
+@gluon.jit
+def order_of(tile, rising, shape):
+    """(highest, lowest, whether upwards) of the tiles of keys among which this one has its turn.
+
+    Those of higher keys all have theirs before.
+    """
+    tiles, rows, band, tail, sweep, key_heads, share, group, patterns, query_tiles_count = shape
+    first, count, is_turned = sweep_of(tiles - 1 - tile, shape)
+    highest = gl.where(rising, tiles, tiles - first) - 1
+    lowest = gl.where(rising, 0, highest + 1 - count)
+    return highest, lowest, rising | is_turned
+
+
+@gluon.jit
+def turns_before(tile, low, high, order):
+    """How many tiles of keys add to a tile of queries before this one, if it sees keys [low, high)."""
+    highest, lowest, is_upward = order
+    last = gl.cdiv(high, _KEYS) - 1
+    upward = gl.maximum(last - highest, 0) + tile - gl.maximum(low // _KEYS, lowest)
+    return gl.where(is_upward, upward, last - tile)
 
 
 @gluon.jit
@@ -254,7 +293,7 @@ def heads_of(row, shape):
     A row is a key/value head with a part of its query heads: with all of them where `share` is 1; else
     first come all key/value heads with the first of `share` parts, then all with the second.
     """
-    tiles, rows, band, tail, key_heads, share, group, patterns, query_tiles_count = shape
+    tiles, rows, band, tail, sweep, key_heads, share, group, patterns, query_tiles_count = shape
     key_rows = rows // share
     key_row = row % key_rows
     return key_row, (key_row * share + row // key_rows) * group
@@ -263,7 +302,7 @@ def heads_of(row, shape):
 @gluon.jit
 def span_of(tile, key_row, shape, spans, limits):
     """(first plan tile, one past the last, how many) of those that see some of the keys."""
-    tiles, rows, band, tail, key_heads, share, group, patterns, query_tiles_count = shape
+    tiles, rows, band, tail, sweep, key_heads, share, group, patterns, query_tiles_count = shape
     if spans is None:
         offset, left, right, num_keys = limits
         start = tile * _KEYS
@@ -283,7 +322,7 @@ def span_of(tile, key_row, shape, spans, limits):
 def following_item(counter, spans, shape, limits):
     """The next work item that no program has taken yet and whose keys some query sees, or one past the
     last; `gradient.clear_kernel` writes the others' gradients."""
-    tiles, rows, band, tail, key_heads, share, group, patterns, query_tiles_count = shape
+    tiles, rows, band, tail, sweep, key_heads, share, group, patterns, query_tiles_count = shape
     total = tiles * rows
     index = gl.atomic_add(counter, 1)
     tile, row, rising = place(gl.minimum(index, total - 1), shape)
@@ -319,7 +358,7 @@ def producer(
         keys_in, keys_out, values_in, values_out, rows_in, rows_out,
         sum_in, sum_out, keys_added, index_in, index_out,
     ) = barriers  # fmt: skip
-    tiles, rows, band, tail, key_heads, share, group, patterns, query_tiles_count = shape
+    tiles, rows, band, tail, sweep, key_heads, share, group, patterns, query_tiles_count = shape
     total = tiles * rows
     QUERIES: gl.constexpr = query_tiles.block_shape[2]
     PER: gl.constexpr = _ROWS // QUERIES
@@ -405,7 +444,7 @@ def writer(
         keys_in, keys_out, values_in, values_out, rows_in, rows_out,
         sum_in, sum_out, keys_added, index_in, index_out,
     ) = barriers  # fmt: skip
-    tiles, rows, band, tail, key_heads, share, group, patterns, query_tiles_count = shape
+    tiles, rows, band, tail, sweep, key_heads, share, group, patterns, query_tiles_count = shape
     total = tiles * rows
     PER: gl.constexpr = _ROWS // QUERIES
     PLACES: gl.constexpr = sum_buffer.shape[0]
@@ -420,6 +459,7 @@ def writer(
         first, last, count = span_of(tile, key_row, shape, spans, limits)
         key_start = tile * _KEYS
         entries = entries_of(batch, table, patterns, query_tiles_count)
+        order = order_of(tile, rising, shape)
         if key_turns is not None:
             if turn > 0:
                 mbarrier.wait(keys_added, (turn & 1) ^ 1)
@@ -430,13 +470,13 @@ def writer(
             own_turns = turns + flat_head * query_tiles_count * PER
             start = gl.where(rising, last - 1, first)
             low, high = seen_by_any(start, entries, limits)
+            before = turns_before(tile, low, high, order)
             arrived = arrivals(own_turns + gl.where(rising, last * PER - 1, first * PER))
             # The tile whose part is on its way, not known to have arrived.
             sent = -1
             for n in range(first * PER, last * PER):
                 i = gl.where(rising, (first + last) * PER - 1 - n, n)
                 touched = (low < key_start + _KEYS) & (high > key_start)
-                before = gl.where(rising, tile - low // _KEYS, gl.cdiv(high, _KEYS) - 1 - tile)
                 if touched:
                     if (arrived < before) & (sent >= 0):
                         publish(own_turns + sent, "0")
@@ -456,6 +496,7 @@ def writer(
                 following = gl.minimum(n + 1, last * PER - 1)
                 following = gl.where(rising, (first + last) * PER - 1 - following, following)
                 low, high = seen_by_any(following // PER, entries, limits)
+                before = turns_before(tile, low, high, order)
                 arrived = arrivals(own_turns + following)
             if sent >= 0:
                 publish(own_turns + sent, "0")
@@ -581,9 +622,11 @@ def store_slope(
                 bracket = gl.where(visible_in(query, item, tensors, limits, SCORE), bracket, 0.0)
     if BIASED:
         bracket_sum = bracket_sum + lane_sums(bracket, _KEYS, QUERIES)
-    if slope.dtype != gl.float32:
-        slope = unpacked(slope, SCORE)
-    slope_buffer.index(step & 1).store((slope * bracket).to(gl.bfloat16))
+    if slope.dtype == gl.float32:
+        slope = (slope * bracket).to(gl.bfloat16)
+    else:
+        slope = halves(products(slope, packed(bracket)), SCORE)
+    slope_buffer.index(step & 1).store(slope)
     fence_async_shared()
     return bracket_sum
 
@@ -659,7 +702,7 @@ def consumer(
         keys_in, keys_out, values_in, values_out, rows_in, rows_out,
         sum_in, sum_out, keys_added, index_in, index_out,
     ) = barriers  # fmt: skip
-    tiles, rows, band, tail, key_heads, share, group, patterns, query_tiles_count = shape
+    tiles, rows, band, tail, sweep, key_heads, share, group, patterns, query_tiles_count = shape
     grad_key_tiles, grad_value_tiles = out_tiles
     key_factors, grad_key_bias = key_terms
     scale, inverse, final = terms
@@ -845,8 +888,8 @@ def consumer(
 
 @gluon.jit(
     do_not_specialize=[
-        "tiles", "rows", "band", "tail", "key_heads", "share", "group", "patterns", "query_tiles_count",
-        "offset", "left", "right", "num_keys",
+        "tiles", "rows", "band", "tail", "sweep", "key_heads", "share", "group", "patterns",
+        "query_tiles_count", "offset", "left", "right", "num_keys",
     ]
 )  # fmt: skip
 def backward_kernel(
@@ -854,7 +897,7 @@ def backward_kernel(
     grad_key_tiles, grad_value_tiles,
     spans, table, counter, turns, key_turns,
     gain, key_factors, grad_key_bias, starts, ends, scale, inverse, final,
-    tiles, rows, band, tail, key_heads, share, group, patterns, query_tiles_count,
+    tiles, rows, band, tail, sweep, key_heads, share, group, patterns, query_tiles_count,
     offset, left, right, num_keys,
     STAGES: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr, SINGLE: gl.constexpr,
     ROOMY: gl.constexpr,
@@ -924,7 +967,7 @@ def backward_kernel(
         keys_in, keys_out, values_in, values_out, rows_in, rows_out,
         sum_in, sum_out, keys_added, index_in, index_out,
     )  # fmt: skip
-    shape = (tiles, rows, band, tail, key_heads, share, group, patterns, query_tiles_count)
+    shape = (tiles, rows, band, tail, sweep, key_heads, share, group, patterns, query_tiles_count)
     terms = (scale, inverse, final)
     tensors = (gain, starts, ends)
     limits = (offset, left, right, num_keys)
