@@ -321,23 +321,23 @@ class _Namespace:
             MBarrierLayout=lambda: Barrier, init=self.initialise, wait=self.wait,
             arrive=self.arrive, expect=self.expect,
         )  # fmt: skip
-        return {
+        return self.operations() | {
             "gl": gl, "mbarrier": mbarrier, "tma": SimpleNamespace(store_wait=self.store_wait),
             "gluon": SimpleNamespace(jit=lambda *found, **_: found[0] if found else lambda f: f),
             "warpgroup_mma": self.multiply, "warpgroup_mma_wait": self.multiply_wait,
-            "fence_async_shared": self.machine.switch, "reciprocal": lambda x: 1.0 / x,
-            "_load": self.load, "_store": self.store, "builtin": constexpr,
+            "fence_async_shared": self.machine.switch,
         }  # fmt: skip
 
-    def replacements(self) -> dict[str, Any]:
-        """What stands for functions of the source that are inline assembly, or that torch lacks."""
+    def operations(self) -> dict[str, Any]:
+        """Another form of each of `ops.hopper.operations`."""
         return {
-            "_add": self.add, "arrivals": self.arrivals, "publish": self.publish,
-            "complete": self.complete, "settled": lambda x: x,
+            "load_tile": self.load, "store_tile": self.store, "add_tile": self.add,
+            "arrivals": self.arrivals, "publish": self.publish, "complete": self.complete,
             "as_floats": lambda buffer, rows, columns, _: buffer.as_floats(rows, columns),
             "number": lambda buffer, place, _: buffer.index(place).load(None).max(),
-            "reciprocal": lambda x: 1.0 / x, "packed": lambda x: x.bfloat16().view(torch.int32),
-            "products": _multiply_pairs,
+            "nothing": lambda _: 0, "settled": lambda x: x, "reciprocal": lambda x: 1.0 / x,
+            "lane_sums": lambda x, rows, keys: x.reshape(rows, keys // 8, 4, 2).sum((1, 3)),
+            "packed": lambda x: x.bfloat16().view(torch.int32), "products": _multiply_pairs,
             "halves": lambda x, _: x.int().view(torch.bfloat16),
             "unsigned": lambda x: x.long() & 0xFFFFFFFF,
             "as_multiplied": lambda x, dtype, lift: (x * lift).to(dtype).float() / lift,
@@ -462,12 +462,7 @@ def launcher(kernel: str, seed: int, change: Callable[[str], str] = lambda sourc
     from hf_expressive.ops.hopper.plan import FIELDS, ROWS
 
     path = FOLDER / f"tiled_{kernel.removesuffix('_kernel')}.py"
-    # The backward kernel takes some functions from the forward one's file.
-    body = (
-        change(_body(path))
-        if kernel == "forward_kernel"
-        else (_body(FOLDER / "tiled_forward.py") + change(_body(path)))
-    )
+    body = _body(FOLDER / "work.py") + change(_body(path))
 
     class Launcher:
         def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
@@ -486,7 +481,6 @@ def launcher(kernel: str, seed: int, change: Callable[[str], str] = lambda sourc
                         compile(body, path, "exec", flags=__future__.annotations.compiler_flag),
                         names,
                     )
-                    names |= program.replacements()
                     machine.threads, machine.running = {0: lambda: True}, 0
                     names[kernel](*map(convert, arguments), **constants)
                     bodies += program.bodies

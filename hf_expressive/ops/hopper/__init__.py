@@ -3,8 +3,8 @@
 Expressive attention of power 1 and 2, in bfloat16 and float16, and the square response of implicit
 kernel attention with a bias a key, in bfloat16; with causality, sliding window, padding, packed
 sequences, grouped heads, learned gain and sinks, for head sizes 64 and 128. Written in Gluon
-(`tiled_forward`, `tiled_backward`). Deterministic: which program computes a tile varies, what it
-computes does not.
+(`tiled_forward`, `tiled_backward`; what both use is in `work` and `operations`). Deterministic: which
+program computes a tile varies, what it computes does not.
 
 Gradients in bfloat16 come from a backward kernel of five products; those in float16, of short calls and
 with masks a key from the portable kernels (`has_own_backward`).

@@ -35,10 +35,8 @@ float32 sums as well, to which query heads add in order.
 # ruff: noqa: RUF059 - the tuples that hold a kernel's state are unpacked whole, by name
 from __future__ import annotations
 
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import _unwrap_if_constexpr, builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -47,141 +45,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .plan import ROWS
-from .tiled_forward import (
-    _load,
-    _store,
-    band_of,
-    entries_of,
+from .operations import (
+    add_tile,
+    arrivals,
+    as_floats,
+    complete,
+    halves,
     lane_sums,
+    load_tile,
+    nothing,
     number,
-    place_in_bands,
+    packed,
+    products,
+    publish,
     reciprocal,
-    seen_by_all,
-    seen_by_any,
+    settled,
+    store_tile,
 )
+from .plan import ROWS
+from .work import band_of, entries_of, place_in_bands, seen_by_all, seen_by_any
 
 _ROWS = gl.constexpr(ROWS)
 #: Keys of a tile.
 _KEYS = gl.constexpr(128)
-
-
-@builtin
-def _add(tensor_desc, coord, src, _semantic=None):
-    """Asynchronous addition of a tile in shared memory to one in global memory."""
-    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(
-        ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle
-    )
-
-
-@builtin
-def as_floats(buffer, rows, columns, layout, _semantic=None):
-    """A buffer in shared memory as one of (1, rows, columns) float32.
-
-    Its own method has another name in other versions of Triton.
-    """
-    shape = [1, _unwrap_if_constexpr(rows), _unwrap_if_constexpr(columns)]
-    layout = _unwrap_if_constexpr(layout)
-    return _semantic.memdesc_reinterpret(buffer, gl.float32, shape, layout)
-
-
-@gluon.jit
-def arrivals(pointer):
-    """The counter at `pointer`.
-
-    Relaxed: the additions that it orders take place in the L2 cache; an acquiring load would empty the
-    L1 cache of the whole multiprocessor.
-    """
-    return gl.inline_asm_elementwise(
-        "ld.relaxed.gpu.global.u32 $0, [$1];", "=r,l", [pointer],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def nothing(step):
-    """0, which the compiler does not know: it would otherwise keep the operands' descriptors, dozens of
-    registers, from before the loop."""
-    return step >> 30
-
-
-@gluon.jit
-def publish(pointer, PENDING: gl.constexpr):
-    """Waits until all but the last `PENDING` bulk copies are in global memory, raises the counter.
-
-    Relaxed as well: what is complete is in the L2 cache, where the counter is raised; a release would
-    take the writer a fifth of a step.
-    """
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        .reg .u32 lane;
-        cp.async.bulk.wait_group """
-        + PENDING
-        + """;
-        bar.warp.sync 0xffffffff;
-        mov.u32 lane, %laneid;
-        setp.eq.u32 p, lane, 0;
-        @p red.relaxed.gpu.global.add.u32 [$1], 1;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l", [pointer], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def complete():
-    """Waits until all bulk copies of a thread are in global memory."""
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 0; mov.u32 $0, 0;", "=r,r", [0],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def packed(x):
-    """Pairs of neighbours of x (M, N) as bfloat16 in the two halves of int32 (M, N/2), here and now.
-
-    Until they are needed slopes do not fit into the registers as float32; and the compiler would put
-    off the conversion, or the whole computation, until then.
-    """
-    low, high = gl.split(x.reshape([x.shape[0], x.shape[1] // 2, 2]))
-    return gl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $2, $1;",
-        "=r,f,f",
-        [low, high],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def settled(x):
-    """x, computed here and now: the compiler would put it off until it is needed."""
-    return gl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def products(one, other):
-    """Products of `packed` pairs, rounded."""
-    return gl.inline_asm_elementwise(
-        "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [one, other], dtype=gl.int32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def halves(pairs, LAYOUT: gl.constexpr):
-    """The bfloat16 (M, N) of `packed` pairs."""
-    low, high = gl.inline_asm_elementwise(
-        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], dtype=(gl.bfloat16, gl.bfloat16),
-        is_pure=True, pack=1,
-    )  # fmt: skip
-    whole = gl.join(low, high).reshape([pairs.shape[0], pairs.shape[1] * 2])
-    return gl.convert_layout(whole, LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
@@ -384,7 +270,7 @@ def producer(
             entries = entries_of(batch, table, patterns, query_tiles_count)
             mbarrier.wait(keys_out, (turn & 1) ^ 1)
             mbarrier.expect(keys_in, key_tiles.block_type.nbytes)
-            _load(key_tiles, [batch, key_head, key_start, 0], keys_in, key_buffer.index(0))
+            load_tile(key_tiles, [batch, key_head, key_start, 0], keys_in, key_buffer.index(0))
             has_values = 0
             for member in range(group):
                 flat_head = first_head + member
@@ -401,9 +287,9 @@ def producer(
                         mbarrier.expect(ready, ROW_BYTES)
                         query = i * QUERIES
                         at = [batch, head, query, 0]
-                        _load(query_tiles, at, ready, query_buffer.index(stage))
-                        _load(grad_tiles, at, ready, grad_buffer.index(stage))
-                        _load(delta_tiles, [flat_head, query], ready, delta_buffer.index(stage))
+                        load_tile(query_tiles, at, ready, query_buffer.index(stage))
+                        load_tile(grad_tiles, at, ready, grad_buffer.index(stage))
+                        load_tile(delta_tiles, [flat_head, query], ready, delta_buffer.index(stage))
                         partial = (key_start < inner_start) | (key_start + _KEYS > inner_end)
                         code = 2 * i + partial.to(gl.int32)
                         code_buffer.index(stage).store(gl.full([1], code, gl.int32, ONE))
@@ -415,7 +301,7 @@ def producer(
                             mbarrier.wait(values_out, (turn & 1) ^ 1)
                             mbarrier.expect(values_in, value_tiles.block_type.nbytes)
                             at = [batch, key_head, key_start, 0]
-                            _load(value_tiles, at, values_in, value_buffer.index(0))
+                            load_tile(value_tiles, at, values_in, value_buffer.index(0))
             index = following_item(counter, spans, shape, limits)
         else:
             index = -1
@@ -426,9 +312,9 @@ def producer(
 def hand_over(sums, at, staging, is_first):
     """Starts to add a tile to a sum, or to write it."""
     if is_first:
-        _store(sums, at, staging)
+        store_tile(sums, at, staging)
     else:
-        _add(sums, at, staging)
+        add_tile(sums, at, staging)
 
 
 @gluon.jit
@@ -822,7 +708,7 @@ def consumer(
             at = [batch, key_row % key_heads, tile * _KEYS, 0]
             staging.reshape([_KEYS, VALUE_SIZE]).store(value_sum.to(gl.bfloat16))
             fence_async_shared()
-            _store(grad_value_tiles, at, staging)
+            store_tile(grad_value_tiles, at, staging)
         else:
             low, high = sides(value_sum)
             at = [key_row, tile * _KEYS, 0]
@@ -858,7 +744,7 @@ def consumer(
             staging.reshape([_KEYS, SIZE]).store((key_total * final).to(gl.bfloat16))
             fence_async_shared()
             mbarrier.arrive(sum_in.index(own_sum), count=1)
-            _store(grad_key_tiles, at, staging)
+            store_tile(grad_key_tiles, at, staging)
         else:
             other = slope_buffer
             if SIZE == QUERIES:

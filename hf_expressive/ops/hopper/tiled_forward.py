@@ -28,26 +28,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .plan import FIELDS, ROWS
-
-# Triton 3.7 or so renamed the two bulk copies.
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+from .operations import (
+    as_multiplied,
+    lane_sums,
+    load_tile,
+    number,
+    reciprocal,
+    store_tile,
+    unsigned,
+)
+from .work import band_of, entries_of, place_in_bands, seen_by_all, seen_by_any
 
 _LN_2 = gl.constexpr(0.6931471805599453)
 _LOG2_E = gl.constexpr(1.4426950408889634)
 # Below the smallest normal number a row sum counts as zero, as in the reference.
 _TINY = gl.constexpr(1.1754943508222875e-38)
-_FIELDS = gl.constexpr(FIELDS)
-_ROWS = gl.constexpr(ROWS)
-
-
-@gluon.jit
-def reciprocal(x):
-    """1 / x, relative error below 2⁻²³."""
-    return gl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
 
 
 @gluon.jit
@@ -78,93 +73,11 @@ def weights_of(
 
 
 @gluon.jit
-def as_multiplied(weight, DTYPE: gl.constexpr, LIFT: gl.constexpr):
-    """The weight as the product with the values will see it, rounded to their dtype.
-
-    In assembler: the compiler would otherwise share this conversion with the one of the product, at the
-    cost of registers that it does not have.
-    """
-    FLOAT16: gl.constexpr = "{.reg .b16 h; cvt.rn.f16.f32 h, $1; cvt.f32.f16 $0, h;}"
-    BFLOAT16: gl.constexpr = "{.reg .b16 h; cvt.rn.bf16.f32 h, $1; mov.b32 $0, {0, h};}"
-    rounded = gl.inline_asm_elementwise(
-        FLOAT16 if gl.float16 == DTYPE else BFLOAT16,
-        "=f,f", [weight * LIFT], dtype=gl.float32, is_pure=True, pack=1,
-    )  # fmt: skip
-    return rounded * (1.0 / LIFT)
-
-
-@gluon.jit
-def lane_sums(weight, HALF: gl.constexpr, KEYS: gl.constexpr):
-    """Row sums of a tile within each thread: (HALF, 4), without any exchange between threads."""
-    return gl.sum(gl.sum(weight.reshape([HALF, KEYS // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def place_in_bands(index, tiles, rows, band, tail):
-    """(position among the tiles, row, whether in the last band) of a work item.
-
-    Rows are worked on in bands of `band`, at the end one of `tail`: all first tiles of a band, then all
-    second ones.
-    """
-    others = rows - tail
-    is_last = index >= tiles * others
-    first = gl.where(is_last, others, index // (tiles * band) * band)
-    rest = index - tiles * first
-    width = gl.where(is_last, tail, gl.minimum(band, others - first))
-    return rest // width, first + rest % width, is_last
-
-
-@gluon.jit
 def place(index, shape):
     """(tile, row of B · H) of a work item: band by band of heads, the last tiles of a band first."""
     tiles, rows, band, tail, heads, group, patterns, num_queries = shape
     position, row, is_last = place_in_bands(index, tiles, rows, band, tail)
     return tiles - 1 - position, row
-
-
-@gluon.jit
-def entries_of(batch, table, patterns, count):
-    """The plan's numbers for the `count` tiles of a sequence, or `None` where it needs none."""
-    entries = table
-    if table is not None:
-        entries = table + gl.minimum(batch, patterns - 1) * count * _FIELDS
-    return entries
-
-
-@gluon.jit
-def band_of(query, limits):
-    """[start, end) of the keys that queries see by causality and sliding window."""
-    offset, left, right, num_keys = limits
-    start = gl.maximum(query + (offset + 1 - left), 0)
-    return start, gl.minimum(query + (offset + right), num_keys)
-
-
-@gluon.jit
-def seen_by_any(tile, entries, limits):
-    """[first, one past the last) of the keys that any query of a tile sees."""
-    if entries is None:
-        offset, left, right, num_keys = limits
-        last = gl.minimum(tile * _ROWS + _ROWS, num_keys - offset) - 1
-        start = band_of(tile * _ROWS, limits)[0]
-        end = band_of(last, limits)[1]
-    else:
-        start = gl.load(entries + tile * _FIELDS)
-        end = gl.load(entries + tile * _FIELDS + 1)
-    return start, end
-
-
-@gluon.jit
-def seen_by_all(half, entries, limits):
-    """[first, one past the last) of the keys that all queries of a half see, the tile's being 2·tile
-    and 2·tile + 1."""
-    if entries is None:
-        start = band_of(half * (_ROWS // 2) + (_ROWS // 2 - 1), limits)[0]
-        end = band_of(half * (_ROWS // 2), limits)[1]
-    else:
-        entry = entries + half // 2 * _FIELDS + half % 2 * 2
-        start = gl.load(entry + 2)
-        end = gl.load(entry + 3)
-    return start, end
 
 
 @gluon.jit
@@ -198,12 +111,6 @@ def announce(buffer, slot, tile, batch, head, key_row, first, count):
     buffer.index(8 * slot + 3).store(gl.full([1], key_row, gl.int32, ONE))
     buffer.index(8 * slot + 4).store(gl.full([1], first, gl.int32, ONE))
     buffer.index(8 * slot + 5).store(gl.full([1], count, gl.int32, ONE))
-
-
-@gluon.jit
-def number(buffer, place, WARPS: gl.constexpr):
-    """The number at a place of a buffer, for a partition of so many warps."""
-    return gl.max(buffer.index(place).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
 
 
 @gluon.jit
@@ -276,7 +183,7 @@ def producer(
             mbarrier.wait(queries_out.index(2 * slot + half), ((turn >> 1) & 1) ^ 1)
             ready = queries_in.index(2 * slot + half)
             mbarrier.expect(ready, query_tiles.block_type.nbytes)
-            _load(
+            load_tile(
                 query_tiles, [batch, head, tile * (2 * HALF) + half * HALF, 0], ready,
                 query_buffer.index(2 * slot + half),
             )  # fmt: skip
@@ -288,14 +195,14 @@ def producer(
                 mbarrier.expect(ready, KEY_BYTES)
             else:
                 mbarrier.expect(ready, KEY_BYTES + VALUE_BYTES)
-                _load(
+                load_tile(
                     value_tiles, [values_batch, values_head, values_start, 0], ready,
                     value_buffer.index(stage),
                 )  # fmt: skip
             start = (first + count - 1 - back) * KEYS
-            _load(key_tiles, [batch, key_head, start, 0], ready, key_buffer.index(stage))
+            load_tile(key_tiles, [batch, key_head, start, 0], ready, key_buffer.index(stage))
             if factor_tiles is not None:
-                _load(factor_tiles, [key_row, start], ready, factor_buffer.index(stage))
+                load_tile(factor_tiles, [key_row, start], ready, factor_buffer.index(stage))
             values_batch, values_head, values_start = batch, key_head, start
             step += 1
         tile, batch, head, key_row, first, count = item(index, shape, table, limits, KEYS)
@@ -313,16 +220,10 @@ def producer(
         ready = step_in.index(stage)
         mbarrier.wait(step_out.index(stage), ((step // STAGES) & 1) ^ 1)
         mbarrier.expect(ready, VALUE_BYTES)
-        _load(
+        load_tile(
             value_tiles, [values_batch, values_head, values_start, 0], ready,
             value_buffer.index(stage),
         )  # fmt: skip
-
-
-@gluon.jit
-def unsigned(x):
-    """A 32-bit integer read as an unsigned one."""
-    return x.to(gl.uint32)
 
 
 @gluon.jit
@@ -446,7 +347,7 @@ def finish(
     tma.store_wait(0)
     staging.reshape([HALF, out.shape[1]]).store(out.to(staging.dtype))
     fence_async_shared()
-    _store(out_tiles, [batch, head, first, 0], staging)
+    store_tile(out_tiles, [batch, head, first, 0], staging)
     # After the fence, which would wait for it.
     gl.store(
         log_normalizer + (batch * heads + head).to(gl.int64) * num_queries + query,
