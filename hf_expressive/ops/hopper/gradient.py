@@ -190,6 +190,11 @@ def group_bytes(problem: AttentionProblem) -> int:
     return problem.group * problem.query.shape[2] * row_bytes
 
 
+def has_whole_rows(problem: AttentionProblem) -> bool:
+    """Whether at most causality hides keys."""
+    return problem.sliding_window is None and is_arithmetic(problem)
+
+
 def is_shared(problem: AttentionProblem) -> bool:
     """Whether each query head is a work item of its own, although several share a key/value head.
 
@@ -200,8 +205,7 @@ def is_shared(problem: AttentionProblem) -> bool:
     return (
         problem.group > 1
         and problem.key.shape[3] == problem.value.shape[3]
-        and problem.sliding_window is None
-        and is_arithmetic(problem)
+        and has_whole_rows(problem)
         and group_bytes(problem) >= _BAND_BYTES
     )
 
@@ -298,7 +302,7 @@ def gradients(
     programs = min(num_processors(problem), key_tiles * rows)
     tail = min(ceil_div(_TAIL * programs, key_tiles), max(1, _TAIL_BYTES // head_bytes), rows)
     # Programs drift apart where items become longer; in a band of many rows not far.
-    is_growing = problem.is_causal and problem.sliding_window is None and is_arithmetic(problem)
+    is_growing = problem.is_causal and has_whole_rows(problem)
     sweep = programs if is_growing and band == 1 else key_tiles
     backward_kernel[(programs,)](
         tiles(query, QUERIES),

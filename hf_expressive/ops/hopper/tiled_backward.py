@@ -692,12 +692,12 @@ def consumer(
             bracket, slope, bracket_sum, code, slope_buffer, step, item, tensors, limits,
             SINGLE, BIASED,
         )  # fmt: skip
-        before = step
+        last_step = step
         if PLACES == 2:
-            mbarrier.arrive(sum_in.index((before - 1) & 1), count=1, pred=each * group > 1)
+            mbarrier.arrive(sum_in.index((last_step - 1) & 1), count=1, pred=each * group > 1)
         step += 1
-        query_part = part_of_queries(turned, slope_buffer, key_buffer, before)
-        key_part = add_to_keys(key_sum, slope_buffer, query_buffer, stage, before)
+        query_part = part_of_queries(turned, slope_buffer, key_buffer, last_step)
+        key_part = add_to_keys(key_sum, slope_buffer, query_buffer, stage, last_step)
         staging = value_buffer.index(0)
         if key_factors is not None:
             value_sum = (
@@ -720,8 +720,8 @@ def consumer(
             while arrived < row // (rows // share):
                 arrived = arrivals(key_turns + key_row * tiles + tile)
             hand_over(grad_value_tiles, at, staging, is_first)
-        own_sum = before % PLACES
-        mbarrier.wait(sum_out.index(own_sum), ((before // PLACES) & 1) ^ 1)
+        own_sum = last_step % PLACES
+        mbarrier.wait(sum_out.index(own_sum), ((last_step // PLACES) & 1) ^ 1)
         query_part, key_total = warpgroup_mma_wait(0, deps=[query_part, key_part])
         mbarrier.arrive(rows_out.index(stage), count=1)
         store_part(query_part, sum_buffer.index(own_sum))
