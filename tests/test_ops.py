@@ -772,12 +772,34 @@ def test_opcheck(name: str) -> None:
     bias_wanted = [isinstance(a, Tensor) and a.requires_grad for a in arguments[4:6]]
     backward = (torch.randn_like(out), out.detach(), log_normalizer, *detached, *bias_wanted)
     results = library._backward(*backward)
-    assert all(result.is_contiguous() for result in results)
+    assert all(rows.transpose(1, 2).is_contiguous() for rows in results[:3])
+    assert all(result.is_contiguous() for result in results[3:])
     torch.library.opcheck(
         operators.attention_backward.default,
         backward,
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+@pytest.mark.parametrize("impl", ["blockwise", "triton"])
+@pytest.mark.parametrize("queries", [1, 5, 40])
+def test_rows_lie_as_those_of_the_operands(impl: str, queries: int) -> None:
+    """What models transpose back, the output and the gradients of their views, is not copied for it."""
+
+    def view(length: int, heads: int, size: int) -> Tensor:
+        return torch.randn(2, length, heads, size).transpose(1, 2).requires_grad_()
+
+    query, key, value = view(queries, 4, 16), view(41, 2, 16), view(41, 2, 24)
+    out = ours(impl)(query, key, value, is_causal=True)
+    gradients = torch.autograd.grad(out, (query, key, value), torch.randn_like(out))
+    for rows, like in zip((out, *gradients), (query, query, key, value), strict=True):
+        assert rows.transpose(1, 2).is_contiguous(), rows.stride()
+        assert rows.shape[:3] == like.shape[:3]
+    assert not out._is_view()
+    value = value.contiguous()
+    out = ours(impl)(query.contiguous(), key, value)
+    assert out.is_contiguous()
+    assert torch.autograd.grad(out.sum(), value)[0].is_contiguous()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .dropout import keep_mask
+from .layout import empty_rows
 from .problem import HIDDEN, AttentionProblem
 
 #: Scores a block, at least a tile by a tile: 2¹⁷ float32 values, half a core's level-2 cache.
@@ -218,13 +219,14 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Evaluates a problem.
 
     Returns:
-        out: (B, H, Q, E) in the dtype of the query.
+        out: (B, H, Q, E), dtype and order in memory those of the query.
         log_normalizer: log(exp(sink) + Σ w), (B, H, Q) in the compute dtype, −inf for rows that see
             nothing.
     """
     tiling = _Tiling(problem)
     shape = (tiling.batch, tiling.kv_heads, tiling.group, tiling.num_queries)
-    out = torch.empty(*shape, tiling.value_dim, dtype=tiling.dtype, device=tiling.device)
+    out = empty_rows(problem.query, tiling.value_dim, dtype=tiling.dtype)
+    grouped = tiling.split_heads(out)
     log_normalizer = torch.empty(shape, dtype=tiling.dtype, device=tiling.device)
     tiny = torch.finfo(tiling.dtype).tiny
 
@@ -267,10 +269,10 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         logarithm = logarithm.masked_fill_(empty, -torch.inf)
         rows = band.rows.stop - band.rows.start
         where = (batch, heads, slice(None), band.rows)
-        out[where] = result.unflatten(2, (tiling.group, rows))
+        grouped[where] = result.unflatten(2, (tiling.group, rows))
         log_normalizer[where] = logarithm.squeeze(-1).unflatten(2, (tiling.group, rows))
 
-    return out.flatten(1, 2).to(problem.query.dtype), log_normalizer.flatten(1, 2)
+    return out.to(problem.query.dtype), log_normalizer.flatten(1, 2)
 
 
 def backward(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import blockwise, hopper, triton
+from .layout import empty_rows, in_order_of
 from .operator import operator
 from .problem import AttentionProblem, KeyRanges
 from .response import Response
@@ -136,13 +137,13 @@ def _compute(
         *(kind, power, epsilon, scale, is_causal, sliding_window, softcap, dropout),
     )
     with without_autocast(query):
-        return IMPLEMENTATIONS[impl].forward(_problem(arguments))
+        out, log_normalizer = IMPLEMENTATIONS[impl].forward(_problem(arguments))
+    return in_order_of(query, out), log_normalizer
 
 
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Any:
-    shape = (*query.shape[:3], value.shape[3])
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(shape), query.new_empty(query.shape[:3], dtype=dtype)
+    return empty_rows(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=dtype)
 
 
 def _compute_backward(
@@ -187,12 +188,11 @@ def _compute_backward(
             need_bias=need_bias,
         )
     grad_query, grad_key, grad_value, grad_key_bias, grad_bias = grads
-    # An operator returns tensors only; an unwanted gradient travels as an empty one. The strides are
-    # those that the fake implementation promises, whatever strides the inputs had.
+    # An operator returns tensors only; an unwanted gradient travels as an empty one.
     return (
-        grad_query.contiguous(),
-        grad_key.contiguous(),
-        grad_value.contiguous(),
+        in_order_of(query, grad_query),
+        in_order_of(key, grad_key),
+        in_order_of(value, grad_value),
         query.new_empty(0) if grad_key_bias is None else grad_key_bias.contiguous(),
         query.new_empty(0) if grad_bias is None else grad_bias.contiguous(),
     )
@@ -211,12 +211,15 @@ def _backward_fake(
     *arguments: Any,
 ) -> Any:
     need_key_bias, need_bias = arguments[-2:]
-    wanted = (query, key, value, key_bias if need_key_bias else None, bias if need_bias else None)
-    return tuple(
-        query.new_empty(0)
-        if tensor is None
-        else torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for tensor in wanted
+    wanted = (key_bias if need_key_bias else None, bias if need_bias else None)
+    return (
+        *(empty_rows(rows, rows.shape[3]) for rows in (query, key, value)),
+        *(
+            query.new_empty(0)
+            if tensor is None
+            else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            for tensor in wanted
+        ),
     )
 
 

@@ -116,7 +116,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Attention of `problem`, which `unsupported` must have accepted.
 
     Returns:
-        out: (B, H, Q, E) in the dtype of the query, contiguous.
+        out: (B, H, Q, E), dtype and order in memory those of the query.
         log_normalizer: log(exp(sink) + Σ w), (B, H, Q), float32, −inf for a row that sees nothing.
     """
     from .launch import forward as launch

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..layout import empty_rows
 from ..problem import AttentionProblem
 from ..triton.backward_key import write_key_gradients
 from ..triton.backward_query import write_query_gradient
@@ -24,6 +25,7 @@ from ..triton.launch import (
     is_foldable,
     num_processors,
 )
+from ..triton.tiles import row_place, store_rows
 from .launch import pieces, square_terms, tiles
 from .plan import FIELDS, ROWS, is_arithmetic, plan, reach
 from .tiled_backward import backward_kernel
@@ -71,6 +73,7 @@ def span_kernel(tiles, spans, num_tiles, KEYS: tl.constexpr, FIELDS: tl.constexp
 @triton.jit(do_not_specialize=["key_heads", "patterns", "num_keys", "first_seen"])
 def clear_kernel(
     spans, grad_key, grad_value, grad_key_bias, key_heads, patterns, num_keys, first_seen,
+    key_strides, value_strides,
     SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Gradients 0 for the tiles of keys that no query sees.
@@ -78,33 +81,31 @@ def clear_kernel(
     first_seen: without `spans`, the first key that any query sees.
     """
     row = tl.program_id(0)
+    batch = row // key_heads
+    head = row % key_heads
     tile = tl.program_id(1)
     if spans is None:
         if tile * KEYS + KEYS > first_seen:
             return
     else:
-        pattern = tl.minimum(row // key_heads, patterns - 1)
+        pattern = tl.minimum(batch, patterns - 1)
         if tl.load(spans + (pattern * tl.num_programs(1) + tile) * 3 + 2) > 0:
             return
     key = tile * KEYS + tl.arange(0, KEYS)
-    inside = key < num_keys
-    place = row.to(tl.int64) * num_keys + key
-    nothing = tl.zeros((KEYS, 64), grad_key.dtype.element_ty)
+    nothing = tl.zeros((KEYS, 64), tl.float32)
     for start in tl.static_range(0, SIZE, 64):
-        at = place[:, None] * SIZE + start + tl.arange(0, 64)[None, :]
-        tl.store(grad_key + at, nothing, mask=inside[:, None])
+        store_rows(grad_key + start, key_strides, batch, head, key, num_keys, nothing, 64, 64)
     for start in tl.static_range(0, VALUE_SIZE, 64):
-        at = place[:, None] * VALUE_SIZE + start + tl.arange(0, 64)[None, :]
-        tl.store(grad_value + at, nothing, mask=inside[:, None])
+        store_rows(grad_value + start, value_strides, batch, head, key, num_keys, nothing, 64, 64)
     if grad_key_bias is not None:
-        tl.store(grad_key_bias + place, tl.zeros((KEYS,), tl.float32), mask=inside)
+        place = row.to(tl.int64) * num_keys + key
+        tl.store(grad_key_bias + place, tl.zeros((KEYS,), tl.float32), mask=key < num_keys)
 
 
 @triton.jit(do_not_specialize=["heads", "group", "num_queries", "patterns"])
 def prepare_kernel(
     out, grad_out, log_normalizer, levels, steady, tiles, delta, scaled, turns, counter,
-    heads, group, num_queries, patterns, grad_batch, grad_head, grad_query, grad_size,
-    common_level, limit,
+    heads, group, num_queries, patterns, out_strides, grad_strides, common_level, limit,
     SIZE: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
     """dout and −δ divided by the normaliser, for the queries of a step; sets the counters to 0.
@@ -129,12 +130,14 @@ def prepare_kernel(
     size = tl.arange(0, SIZE)
     known = query < num_queries
     inside = known[:, None] & (size >= 0)[None, :]
-    place = batch.to(tl.int64) * grad_batch + head.to(tl.int64) * grad_head
-    place = place + query[:, None].to(tl.int64) * grad_query + size[None, :] * grad_size
+    place = row_place(
+        batch, head, query[:, None], grad_strides[0], grad_strides[1], grad_strides[2]
+    )
+    place += size[None, :] * grad_strides[3]
     gradient = tl.load(grad_out + place, mask=inside, other=0.0).to(tl.float32)
+    place = row_place(batch, head, query[:, None], out_strides[0], out_strides[1], out_strides[2])
+    value = tl.load(out + place + size[None, :], mask=inside, other=0.0).to(tl.float32)
     start = row.to(tl.int64) * num_queries
-    place = (start + query)[:, None] * SIZE + size[None, :]
-    value = tl.load(out + place, mask=inside, other=0.0).to(tl.float32)
     product = tl.sum(gradient * value, 1)
     total = tl.load(log_normalizer + start + query, mask=known, other=float("-inf"))
     level = common_level
@@ -146,13 +149,14 @@ def prepare_kernel(
         inverse = tl.where(tl.load(steady + row // group) != 0, inverse, 1.0)
     padded = row.to(tl.int64) * (tl.num_programs(1) * QUERIES) + query
     gradient = gradient * inverse[:, None]
+    place = (start + query)[:, None] * SIZE + size[None, :]
     tl.store(scaled + place, gradient.to(scaled.dtype.element_ty), mask=inside)
     tl.store(delta + padded, -product * inverse)
 
 
 @triton.jit(do_not_specialize=["heads", "num_queries", "patterns"])
 def finish_kernel(
-    sums, tiles, grad_query, final, heads, num_queries, patterns,
+    sums, tiles, grad_query, final, heads, num_queries, patterns, strides,
     SIZE: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr, ROOMY: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries: its float32 sum times a constant, 0 where it sees no key.
@@ -175,12 +179,9 @@ def finish_kernel(
     else:
         total = total.permute(0, 3, 8, 4, 6, 1, 5, 2, 7, 9).reshape(ROWS, SIZE)
     query = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    size = tl.arange(0, SIZE)
-    place = (row.to(tl.int64) * num_queries + query)[:, None] * SIZE + size[None, :]
-    tl.store(
-        grad_query + place, total.to(grad_query.dtype.element_ty),
-        mask=(query < num_queries)[:, None] & (size >= 0)[None, :],
-    )  # fmt: skip
+    store_rows(
+        grad_query, strides, row // heads, row % heads, query, num_queries, total, SIZE, SIZE
+    )
 
 
 def group_bytes(problem: AttentionProblem) -> int:
@@ -253,14 +254,14 @@ def gradients(
         key_factor, levels, steady = call.key_factor, call.level, call.steady
     key_tiles = ceil_div(num_keys, KEYS)
     new = query.new_empty
-    grad_query = new(batch, heads, num_queries, size)
-    share, num_rows, key_type, key_turns = 1, num_keys, query.dtype, None
+    grad_query, grad_key, grad_value = (empty_rows(x, x.shape[3]) for x in (query, key, value))
+    share, key_turns, key_sums = 1, None, (grad_key, grad_value)
     if is_shared(problem):
         # Each query head adds its part of dk and dv, whole tiles, to float32 sums.
-        share, num_rows, key_type = problem.group, key_tiles * KEYS, torch.float32
+        share = problem.group
         key_turns = query.new_zeros(batch * key_heads * key_tiles, dtype=torch.int32)
-    grad_key = new(batch, key_heads, num_rows, size, dtype=key_type)
-    grad_value = new(batch, key_heads, num_rows, value_size, dtype=key_type)
+        whole = (batch, key_heads, key_tiles * KEYS, size)
+        key_sums = new(whole, dtype=torch.float32), new(whole, dtype=torch.float32)
     grad_key_bias = None
     if need_key_bias:
         grad_key_bias = new(share, batch, key_heads, num_keys, dtype=torch.float32)
@@ -279,18 +280,19 @@ def gradients(
     if spans is not None or first_seen >= KEYS:
         clear_kernel[(batch * key_heads, key_tiles)](
             spans, grad_key, grad_value, grad_key_bias, key_heads, patterns, num_keys, first_seen,
+            grad_key.stride(), grad_value.stride(),
             SIZE=size, VALUE_SIZE=value_size, KEYS=KEYS,
         )  # fmt: skip
 
     width = count * ROWS
     delta = new(batch * heads, width, dtype=torch.float32)
-    scaled = torch.empty_like(out)
+    scaled = new(batch, heads, num_queries, value_size)
     turns = new(batch * heads, count * parts, dtype=torch.int32)
     counter = new(1, dtype=torch.int32)
     prepare_kernel[(batch * heads, count * parts)](
         out, grad_out, log_normalizer.contiguous(), levels, steady, seen,
         delta, scaled, turns, counter,
-        heads, problem.group, num_queries, patterns, *grad_out.stride(),
+        heads, problem.group, num_queries, patterns, out.stride(), grad_out.stride(),
         common_level, _LARGEST_LOGARITHM,
         SIZE=value_size, QUERIES=QUERIES, ROWS=ROWS, FIELDS=FIELDS,
     )  # fmt: skip
@@ -311,7 +313,7 @@ def gradients(
         tiles(scaled, QUERIES),
         pieces(delta, 1, QUERIES),
         pieces(sums, 1, size, QUERIES),
-        *(tiles(x, KEYS) if share == 1 else half_tiles(x) for x in (grad_key, grad_value)),
+        *(tiles(x, KEYS) if share == 1 else half_tiles(x) for x in key_sums),
         spans,
         seen,
         counter,
@@ -347,11 +349,12 @@ def gradients(
         num_warps=8,
     )
     finish_kernel[(batch * heads, count)](
-        sums, seen, grad_query, final, heads, num_queries, patterns,
+        sums, seen, grad_query, final, heads, num_queries, patterns, grad_query.stride(),
         SIZE=size, ROWS=ROWS, FIELDS=FIELDS, ROOMY=roomy,
     )  # fmt: skip
     if share > 1:
-        grad_key, grad_value = (x[:, :, :num_keys].to(key.dtype) for x in (grad_key, grad_value))
+        for gradient, total in zip((grad_key, grad_value), key_sums, strict=True):
+            gradient.copy_(total[:, :, :num_keys])
     if grad_key_bias is not None:
         grad_key_bias = grad_key_bias.sum(0) if share > 1 else grad_key_bias[0]
     if call is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..layout import empty_rows
 from ..problem import AttentionProblem
 from ..triton import tiled_forward as portable
 from ..triton.launch import (
@@ -44,12 +45,12 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     kernel, which leaves the others alone; which they are, is known on the device only.
 
     Returns:
-        out: (B, H, Q, E) in the dtype of the query, contiguous.
+        out: (B, H, Q, E), dtype and order in memory those of the query.
         log_normalizer: (B, H, Q), float32, −inf for a row that sees nothing.
     """
     batch, heads, num_queries, size = problem.query.shape
     num_keys, value_size = problem.value.shape[2:]
-    out = problem.query.new_empty(batch, heads, num_queries, value_size)
+    out = empty_rows(problem.query, value_size)
     log_normalizer = out.new_empty(batch, heads, num_queries, dtype=torch.float32)
     tables = None if is_arithmetic(problem) else plan(problem)
     count = ceil_div(num_queries, ROWS)

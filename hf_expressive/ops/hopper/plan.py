@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import AttentionProblem
+from ..triton.tiles import store_rows
 
 #: Queries of a tile; its two halves belong to one consumer each.
 ROWS = 128
@@ -88,6 +89,7 @@ def empty_kernel(
     heads,
     num_queries,
     patterns,
+    strides,
     VALUE_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -99,12 +101,12 @@ def empty_kernel(
     if tl.load(entry) < tl.load(entry + 1):
         return
     query = tile * ROWS + tl.arange(0, ROWS)
+    zero = tl.zeros((ROWS, VALUE_SIZE), tl.float32)
+    store_rows(
+        out, strides, row // heads, row % heads, query, num_queries, zero, VALUE_SIZE, VALUE_SIZE
+    )
     place = row.to(tl.int64) * num_queries + query
-    inside = query < num_queries
-    size = tl.arange(0, VALUE_SIZE)
-    zero = tl.zeros((ROWS, VALUE_SIZE), out.dtype.element_ty)
-    tl.store(out + place[:, None] * VALUE_SIZE + size[None, :], zero, mask=inside[:, None])
-    tl.store(log_normalizer + place, float("-inf"), mask=inside)
+    tl.store(log_normalizer + place, float("-inf"), mask=query < num_queries)
 
 
 def reach(problem: AttentionProblem) -> tuple[int, int]:
@@ -153,7 +155,7 @@ def fill_empty(tables: Plan, out: Tensor, log_normalizer: Tensor) -> None:
     """Writes the rows of the tiles of queries that see nothing: 0, and −inf.
 
     Args:
-        out: (B, H, Q, E), contiguous.
+        out: (B, H, Q, E), any strides but for the last.
         log_normalizer: (B, H, Q), contiguous.
     """
     batch, heads, num_queries, value_size = out.shape
@@ -164,6 +166,7 @@ def fill_empty(tables: Plan, out: Tensor, log_normalizer: Tensor) -> None:
         heads,
         num_queries,
         tables.patterns,
+        out.stride(),
         VALUE_SIZE=value_size,
         ROWS=ROWS,
         FIELDS=FIELDS,

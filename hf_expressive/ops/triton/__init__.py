@@ -50,7 +50,8 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Attention of `problem`, which `unsupported` must have accepted.
 
     Returns:
-        out: (B, H, Q, E) in the dtype of the query, contiguous.
+        out: (B, H, Q, E) in the dtype of the query; its order in memory, too, where there is more to
+            compute than a decoding step.
         log_normalizer: log(exp(sink) + Σ w), (B, H, Q), float32, −inf for a row that sees nothing.
     """
     if problem.query.shape[2] * problem.group <= DECODE_ROWS:

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gradient import Prepared, drop, row_level, slope_factor, store_rows, weight_and_slope
+from ..layout import empty_rows
+from .gradient import Prepared, drop, row_level, slope_factor, weight_and_slope
 from .launch import ceil_div
 from .tiles import (
     Rule,
@@ -20,6 +21,7 @@ from .tiles import (
     matmul,
     program_place,
     row_hash,
+    store_rows,
 )
 
 
@@ -89,6 +91,8 @@ def backward_key_kernel(
     bundle,
     scale,
     num_tiles,
+    key_strides,
+    value_strides,
     GROUP: tl.constexpr,
     KEY_SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
@@ -187,8 +191,10 @@ def backward_key_kernel(
     if terms.gain is None:
         key_sum = key_sum * slope_factor(rule, scale, inverse)
     value_sum = value_sum * terms.keep_scale
-    store_rows(grad_key, key_row, key, sizes.keys, key_sum, KEY_SIZE, BLOCK_D)
-    store_rows(grad_value, key_row, key, sizes.keys, value_sum, VALUE_SIZE, BLOCK_E)
+    store_rows(grad_key, key_strides, batch, key_head, key, sizes.keys, key_sum, KEY_SIZE, BLOCK_D)
+    store_rows(
+        grad_value, value_strides, batch, key_head, key, sizes.keys, value_sum, VALUE_SIZE, BLOCK_E
+    )
     if grad_key_bias is not None:
         # Σ_i P_ij (kept_ij dout_i·v_j − δ_i), of which the first part is v_j·dv_j.
         # The values are loaded anew: as numbers, beside the tile that the products read in shared
@@ -202,13 +208,15 @@ def backward_key_kernel(
 def key_gradients(
     prepared: Prepared, *, need_key_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of key, value and, where needed, of the key bias, in their shapes."""
+    """Gradients of key, value and, where needed, of the key bias, in their shapes; of the first two
+    also in their order in memory."""
     call = prepared.call
     problem = call.problem
-    rows = (call.key_heads, call.num_keys)
-    grad_key = call.new(*rows, call.key_size, dtype=problem.key.dtype)
-    grad_value = call.new(*rows, call.value_size, dtype=problem.value.dtype)
-    grad_key_bias = call.new(*rows, dtype=torch.float32) if need_key_bias else None
+    grad_key = empty_rows(problem.key, call.key_size)
+    grad_value = empty_rows(problem.value, call.value_size)
+    grad_key_bias = None
+    if need_key_bias:
+        grad_key_bias = call.new(call.key_heads, call.num_keys, dtype=torch.float32)
     for rule in call.rules():
         write_key_gradients(prepared, rule, grad_key, grad_value, grad_key_bias)
     return grad_key, grad_value, grad_key_bias
@@ -237,6 +245,8 @@ def write_key_gradients(
         call.bundle(problem.query, prepared.grad_out),
         problem.scale,
         ceil_div(call.num_queries, shape.block_m),
+        grad_key.stride(),
+        grad_value.stride(),
         GROUP=problem.group,
         KEY_SIZE=call.key_size,
         VALUE_SIZE=call.value_size,

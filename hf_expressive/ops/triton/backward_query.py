@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gradient import Prepared, drop, row_level, slope_factor, store_rows, weight_and_slope
+from ..layout import empty_rows
+from .gradient import Prepared, drop, row_level, slope_factor, weight_and_slope
 from .tiles import (
     Rule,
     add_matmul,
@@ -17,6 +18,7 @@ from .tiles import (
     matmul,
     program_place,
     row_bounds,
+    store_rows,
     tile_span,
 )
 
@@ -36,6 +38,7 @@ def backward_query_kernel(
     sizes,
     bundle,
     scale,
+    strides,
     KEY_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -89,14 +92,13 @@ def backward_query_kernel(
         grad_score = slope * (grad_weight - row_delta)
         query_sum = add_matmul(query_sum, grad_score.to(key_tile.dtype), key_tile, rule)
     query_sum = query_sum * slope_factor(rule, factor, inverse)
-    store_rows(grad_query, flat_head, query, sizes.queries, query_sum, KEY_SIZE, BLOCK_D)
+    store_rows(grad_query, strides, batch, head, query, sizes.queries, query_sum, KEY_SIZE, BLOCK_D)
 
 
 def query_gradient(prepared: Prepared) -> Tensor:
-    """Gradient of the query, in its shape."""
+    """Gradient of the query, in its shape and order in memory."""
     call = prepared.call
-    dtype = call.problem.query.dtype
-    grad_query = call.new(call.heads, call.num_queries, call.key_size, dtype=dtype)
+    grad_query = empty_rows(call.problem.query, call.key_size)
     for rule in call.rules():
         write_query_gradient(prepared, rule, grad_query)
     return grad_query
@@ -115,6 +117,7 @@ def write_query_gradient(prepared: Prepared, rule: Rule, grad_query: Tensor) -> 
         call.sizes,
         call.bundle(problem.key, problem.value),
         problem.scale,
+        grad_query.stride(),
         KEY_SIZE=call.key_size,
         **call.blocks,
         **shape.options,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -196,7 +197,8 @@ def decode(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     # At least two tiles of keys each.
     most = min(ceil_div(call.num_keys, 2 * shape.block_n), _MAX_SPLITS)
     splits = num_splits(call.batch * call.key_heads, most, num_processors(problem))
-    out, log_normalizer = call.outputs()
+    out = call.new(call.heads, call.num_queries, call.value_size, dtype=problem.query.dtype)
+    log_normalizer = call.new(call.heads, call.num_queries, dtype=torch.float32)
     sums = totals = tops = None
     if splits > 1:
         rows = (splits, *log_normalizer.shape)

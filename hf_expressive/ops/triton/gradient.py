@@ -38,6 +38,7 @@ from .tiles import (
     response_and_slope,
     row_bounds,
     row_hash,
+    row_place,
     score_of,
     tile_span,
 )
@@ -104,6 +105,7 @@ def prepare_kernel(
     grad_head,
     grad_query,
     grad_size,
+    out_strides,
     VALUE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -127,10 +129,11 @@ def prepare_kernel(
     size = tl.arange(0, BLOCK_E)
     inside = (query < sizes.queries)[:, None] & (size < VALUE_SIZE)[None, :]
     row = tl.program_id(0).to(tl.int64) * sizes.queries + query
-    place = batch.to(tl.int64) * grad_batch + head.to(tl.int64) * grad_head
-    place = place + query[:, None].to(tl.int64) * grad_query + size[None, :] * grad_size
+    place = row_place(batch, head, query[:, None], grad_batch, grad_head, grad_query)
+    place += size[None, :] * grad_size
     gradient = tl.load(grad_out + place, mask=inside, other=0.0).to(tl.float32)
-    value = tl.load(out + row[:, None] * VALUE_SIZE + size[None, :], mask=inside, other=0.0)
+    place = row_place(batch, head, query[:, None], out_strides[0], out_strides[1], out_strides[2])
+    value = tl.load(out + place + size[None, :], mask=inside, other=0.0)
     product = tl.sum(gradient * value.to(tl.float32), 1)
     if rule.prescaled:
         total = tl.load(log_normalizer + row, mask=query < sizes.queries, other=0.0)
@@ -159,7 +162,9 @@ def prepare(
     problem, rows = call.problem, call.tile_shape("backward_key").block_m
     log_normalizer = log_normalizer.contiguous()
     delta = torch.empty_like(log_normalizer)
-    scaled = torch.empty_like(out) if rule.prescaled else grad_out
+    scaled = grad_out
+    if rule.prescaled:
+        scaled = call.new(call.heads, call.num_queries, call.value_size, dtype=out.dtype)
     tiles = ceil_div(call.num_queries, rows)
     spans = None
     if problem.ranges is not None:
@@ -179,6 +184,7 @@ def prepare(
         call.sizes,
         problem.scale,
         *grad_out.stride(),
+        out.stride(),
         VALUE_SIZE=call.value_size,
         BLOCK_M=rows,
         BLOCK_E=call.blocks["BLOCK_E"],
@@ -276,12 +282,3 @@ def slope_factor(rule, factor, inverse):
         return 2.0 * factor
     else:
         return factor
-
-
-@triton.jit
-def store_rows(pointer, flat_head, row, length, tile, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes a tile into rows of a contiguous (B, heads, length, SIZE) tensor."""
-    size = tl.arange(0, BLOCK)
-    place = (flat_head.to(tl.int64) * length + row)[:, None] * SIZE + size[None, :]
-    inside = (row < length)[:, None] & (size < SIZE)[None, :]
-    tl.store(pointer + place, tile.to(pointer.dtype.element_ty), mask=inside)

@@ -324,12 +324,6 @@ class Call:
             return max(1, _BUNDLE_BYTES // pair) * self.sizes.group
         return max(1, _BUNDLE_BYTES // (pair * self.sizes.group))
 
-    def outputs(self) -> tuple[Tensor, Tensor]:
-        """Uninitialised output (B, H, Q, E) and log normaliser (B, H, Q)."""
-        rows = (self.heads, self.num_queries)
-        out = self.new(*rows, self.value_size, dtype=self.problem.query.dtype)
-        return out, self.new(*rows, dtype=torch.float32)
-
     def new(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous tensor (B, *shape) on the device of the query."""
         return torch.empty(self.batch, *shape, dtype=dtype, device=self.problem.query.device)

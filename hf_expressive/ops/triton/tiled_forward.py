@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import empty_rows
 from ..problem import AttentionProblem
 from .launch import Call
 from .tiles import (
@@ -29,6 +31,7 @@ from .tiles import (
     row_hash,
     row_place,
     score_of,
+    store_rows,
     tile_span,
     weigh,
 )
@@ -140,6 +143,7 @@ def forward_kernel(
     sizes,
     bundle,
     scale,
+    strides,
     VALUE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -191,32 +195,31 @@ def forward_kernel(
     normalise, log_total = finish(terms, batch, head, query, total, top, sizes.queries)
     accumulator = accumulator * (normalise * (terms.keep_scale / rule.lift))[:, None]
     row = flat_head.to(tl.int64) * sizes.queries + query
-    inside = query < sizes.queries
-    size = tl.arange(0, BLOCK_E)
-    tl.store(
-        out + row[:, None] * VALUE_SIZE + size[None, :],
-        accumulator.to(out.dtype.element_ty),
-        mask=inside[:, None] & (size < VALUE_SIZE)[None, :],
-    )
-    tl.store(log_normalizer + row, log_total, mask=inside)
+    store_rows(out, strides, batch, head, query, sizes.queries, accumulator, VALUE_SIZE, BLOCK_E)
+    tl.store(log_normalizer + row, log_total, mask=query < sizes.queries)
 
 
 def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """`ops.triton.forward` for any number of queries.
 
     Returns:
-        out: (B, H, Q, E) in the dtype of the query, contiguous.
+        out: (B, H, Q, E), dtype and order in memory those of the query.
         log_normalizer: (B, H, Q), float32, −inf for a row that sees nothing.
     """
     call = Call(problem)
-    out, log_normalizer = call.outputs()
+    out = empty_rows(problem.query, call.value_size)
+    log_normalizer = call.new(call.heads, call.num_queries, dtype=torch.float32)
     for rule in call.rules():
         compute(call, rule, out, log_normalizer)
     return out, log_normalizer
 
 
 def compute(call: Call, rule: Rule, out: Tensor, log_normalizer: Tensor) -> None:
-    """Launches the kernel with one of the call's rules: all heads, or those that it is for."""
+    """Launches the kernel with one of the call's rules: all heads, or those that it is for.
+
+    Args:
+        out: (B, H, Q, E), any strides but for the last. log_normalizer: (B, H, Q), contiguous.
+    """
     problem, shape = call.problem, call.tile_shape("forward")
     forward_kernel[call.query_grid(shape)](
         call.tiles(problem.query, shape.block_m),
@@ -230,6 +233,7 @@ def compute(call: Call, rule: Rule, out: Tensor, log_normalizer: Tensor) -> None
         call.sizes,
         call.bundle(problem.key, problem.value),
         problem.scale,
+        out.stride(),
         VALUE_SIZE=call.value_size,
         **call.blocks,
         **shape.options,

@@ -204,6 +204,17 @@ def row_place(batch, head, query, batch_stride, head_stride, query_stride):
 
 
 @triton.jit
+def store_rows(
+    rows, strides, batch, head, index, length, tile, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Writes a tile into rows of a (B, heads, length, SIZE) tensor with these strides, the last 1."""
+    size = tl.arange(0, BLOCK)
+    place = row_place(batch, head, index[:, None], strides[0], strides[1], strides[2])
+    inside = (index < length)[:, None] & (size < SIZE)[None, :]
+    tl.store(rows + place + size[None, :], tile.to(rows.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def is_idle(rule, steady, key_row):
     """Whether the launch with the other rule does the work of a key/value head; see `Rule.keyed`."""
     return (tl.load(steady + key_row) != 0) != rule.keyed
