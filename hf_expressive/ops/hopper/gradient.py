@@ -18,6 +18,7 @@ from ..problem import AttentionProblem
 from ..triton.backward_key import write_key_gradients
 from ..triton.backward_query import write_query_gradient
 from ..triton.gradient import prepare
+from ..triton.host import launch
 from ..triton.launch import (
     Call,
     ceil_div,
@@ -274,11 +275,18 @@ def gradients(
         patterns, seen = tables.patterns, tables.tiles
         starts, ends = tables.rows
         spans = new(patterns, key_tiles, 3, dtype=torch.int32)
-        span_kernel[(key_tiles, patterns)](
-            seen, spans, count, KEYS=KEYS, FIELDS=FIELDS, num_warps=4
+        launch(
+            span_kernel,
+            (key_tiles, patterns),
+            seen,
+            spans,
+            count,
+            KEYS=KEYS,
+            FIELDS=FIELDS,
+            num_warps=4,
         )
     if spans is not None or first_seen >= KEYS:
-        clear_kernel[(batch * key_heads, key_tiles)](
+        launch(clear_kernel, (batch * key_heads, key_tiles), 
             spans, grad_key, grad_value, grad_key_bias, key_heads, patterns, num_keys, first_seen,
             grad_key.stride(), grad_value.stride(),
             SIZE=size, VALUE_SIZE=value_size, KEYS=KEYS,
@@ -289,7 +297,7 @@ def gradients(
     scaled = new(batch, heads, num_queries, value_size)
     turns = new(batch * heads, count * parts, dtype=torch.int32)
     counter = new(1, dtype=torch.int32)
-    prepare_kernel[(batch * heads, count * parts)](
+    launch(prepare_kernel, (batch * heads, count * parts), 
         out, grad_out, log_normalizer.contiguous(), levels, steady, seen,
         delta, scaled, turns, counter,
         heads, problem.group, num_queries, patterns, out.stride(), grad_out.stride(),
@@ -306,7 +314,9 @@ def gradients(
     # Programs drift apart where items become longer; in a band of many rows not far.
     is_growing = problem.is_causal and has_whole_rows(problem)
     sweep = programs if is_growing and band == 1 else key_tiles
-    backward_kernel[(programs,)](
+    launch(
+        backward_kernel,
+        (programs,),
         tiles(query, QUERIES),
         tiles(key, KEYS),
         tiles(value, KEYS),
@@ -348,7 +358,7 @@ def gradients(
         ROOMY=roomy,
         num_warps=8,
     )
-    finish_kernel[(batch * heads, count)](
+    launch(finish_kernel, (batch * heads, count), 
         sums, seen, grad_query, final, heads, num_queries, patterns, grad_query.stride(),
         SIZE=size, ROWS=ROWS, FIELDS=FIELDS, ROOMY=roomy,
     )  # fmt: skip

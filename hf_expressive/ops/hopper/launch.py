@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,9 +12,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..layout import empty_rows
 from ..problem import AttentionProblem
 from ..triton import tiled_forward as portable
+from ..triton.host import describe, launch
 from ..triton.launch import (
     Call,
-    addressable,
     ceil_div,
     contiguous_float,
     element_strides,
@@ -71,7 +70,9 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     if tables is not None:
         fill_empty(tables, out, log_normalizer)
     programs = min(num_processors(problem), count * batch * heads)
-    forward_kernel[(programs,)](
+    launch(
+        forward_kernel,
+        (programs,),
         tiles(problem.query, HALF),
         tiles(problem.key, KEYS),
         tiles(problem.value, KEYS),
@@ -128,25 +129,17 @@ def square_terms(problem: AttentionProblem) -> tuple[float, float]:
 
 def pieces(tensor: Tensor, *block: int) -> TensorDescriptor:
     """Descriptor of blocks of a float32 tensor."""
-    tensor, strides = addressable(tensor)
-    layout = _pieces_layout(len(block))
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], list(block), layout)
+    return describe(TensorDescriptor, tensor, block, _pieces_layout)
 
 
 def tiles(tensor: Tensor, rows: int) -> TensorDescriptor:
     """Descriptor of tiles of a (B, heads, length, size) tensor, `rows` by the whole size."""
-    tensor, strides = addressable(tensor)
-    block = [1, 1, rows, tensor.shape[-1]]
-    layout = _tiles_layout(rows, tensor.shape[-1], tensor.dtype)
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block, layout)
+    return describe(TensorDescriptor, tensor, (1, 1, rows, tensor.shape[-1]), _tiles_layout)
 
 
-# Gluon takes longer to make a layout than to make its descriptor.
-@cache
-def _pieces_layout(dimensions: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(128 if dimensions > 2 else 0, 32, dimensions)
+def _pieces_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(128 if len(block) > 2 else 0, 32, len(block))
 
 
-@cache
-def _tiles_layout(rows: int, size: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, size], _DTYPES[dtype])
+def _tiles_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import AttentionProblem
+from ..triton.host import launch
 from ..triton.tiles import store_rows
 
 #: Queries of a tile; its two halves belong to one consumer each.
@@ -135,7 +136,9 @@ def plan(problem: AttentionProblem) -> Plan:
     rows = new(2, patterns, count * ROWS, dtype=torch.int32)
     tiles = new(patterns, count, FIELDS, dtype=torch.int32)
     left, right = reach(problem)
-    plan_kernel[(count, patterns)](
+    launch(
+        plan_kernel,
+        (count, patterns),
         start,
         end,
         rows,
@@ -159,7 +162,9 @@ def fill_empty(tables: Plan, out: Tensor, log_normalizer: Tensor) -> None:
         log_normalizer: (B, H, Q), contiguous.
     """
     batch, heads, num_queries, value_size = out.shape
-    empty_kernel[(batch * heads, tables.count)](
+    launch(
+        empty_kernel,
+        (batch * heads, tables.count),
         tables.tiles,
         out,
         log_normalizer,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gradient import Prepared, drop, row_level, weight_and_slope
+from .host import launch
 from .launch import ceil_div
 from .tiles import common_level, head_factor, matmul, row_bounds
 
@@ -100,7 +101,9 @@ def bias_gradient(prepared: Prepared) -> Tensor:
     sum_query_tiles = query_tiles if bias_queries == 1 else 1
     sum_key_tiles = key_tiles if bias_keys == 1 else 1
     grid = (bias_batch * bias_heads, query_tiles // sum_query_tiles, key_tiles // sum_key_tiles)
-    backward_bias_kernel[grid](
+    launch(
+        backward_bias_kernel,
+        grid,
         *prepared.operands(shape),
         grad_bias,
         call.rule,

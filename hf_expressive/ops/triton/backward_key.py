@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..layout import empty_rows
 from .gradient import Prepared, drop, row_level, slope_factor, weight_and_slope
+from .host import launch
 from .launch import ceil_div
 from .tiles import (
     Rule,
@@ -232,7 +233,9 @@ def write_key_gradients(
     """Launches the kernel with one of the call's rules: all heads, or those that it is for."""
     call = prepared.call
     problem, shape = call.problem, call.tile_shape("backward_key")
-    backward_key_kernel[call.key_grid(shape)](
+    launch(
+        backward_key_kernel,
+        call.key_grid(shape),
         *prepared.operands(shape),
         prepared.spans,
         call.steady,

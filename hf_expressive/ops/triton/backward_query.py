@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..layout import empty_rows
 from .gradient import Prepared, drop, row_level, slope_factor, weight_and_slope
+from .host import launch
 from .tiles import (
     Rule,
     add_matmul,
@@ -108,7 +109,9 @@ def write_query_gradient(prepared: Prepared, rule: Rule, grad_query: Tensor) -> 
     """Launches the kernel with one of the call's rules: all heads, or those that it is for."""
     call = prepared.call
     problem, shape = call.problem, call.tile_shape("backward_query")
-    backward_query_kernel[call.query_grid(shape)](
+    launch(
+        backward_query_kernel,
+        call.query_grid(shape),
         *prepared.operands(shape),
         call.steady,
         grad_query,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import features_kernels, magnitude_kernels
 from .features_kernels import SPAN, load_rows
+from .host import launch
 from .launch import ceil_div, power_of_two
 from .tiles import row_place
 
@@ -124,7 +125,9 @@ class CachedFeatures:
         plain_p = 0.0 if isinstance(p, Tensor) else float(p)
         with torch.cuda.device_of(key):  # where Triton launches
             changed = self._changed(frequencies, exponents, (plain_p, factor, magnitude_factor))
-            compare_kernel[(batch * heads, rows // SPAN)](
+            launch(
+                compare_kernel,
+                (batch * heads, rows // SPAN),
                 key,
                 self.copy,
                 changed,

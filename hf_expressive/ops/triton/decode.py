@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import AttentionProblem
+from .host import launch
 from .launch import Call, ceil_div, num_processors, power_of_two
 from .tiled_forward import absorb, finish, row_start
 from .tiles import (
@@ -205,7 +206,9 @@ def decode(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         sums = log_normalizer.new_empty(*rows, call.value_size)
         totals = log_normalizer.new_empty(rows)
         tops = log_normalizer.new_empty(rows)
-    split_kernel[(call.batch * call.key_heads, splits)](
+    launch(
+        split_kernel,
+        (call.batch * call.key_heads, splits),
         problem.query,
         call.tiles(problem.key, shape.block_n),
         call.tiles(problem.value, shape.block_n),
@@ -227,7 +230,9 @@ def decode(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     )
     if splits == 1:
         return out, log_normalizer
-    combine_kernel[(call.batch * call.heads * call.num_queries,)](
+    launch(
+        combine_kernel,
+        (call.batch * call.heads * call.num_queries,),
         sums,
         totals,
         tops,

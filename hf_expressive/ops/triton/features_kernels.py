@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .host import launch
 from .launch import COMPILED, ceil_div, power_of_two
 from .tiles import row_place
 
@@ -305,7 +306,9 @@ def forward(
     options = _options(x, frequencies)
     if out is None:
         out = x.new_empty((batch, heads, positions, 2 * frequencies.shape[4]))
-    forward_kernel[(batch * heads, ceil_div(positions, options["BLOCK_N"]))](
+    launch(
+        forward_kernel,
+        (batch * heads, ceil_div(positions, options["BLOCK_N"])),
         x,
         frequencies.contiguous(),
         out,
@@ -328,7 +331,9 @@ def backward_input(grad: Tensor, x: Tensor, frequencies: Tensor, factor: float) 
     batch, heads, positions, _ = x.shape
     options = _options(x, frequencies)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    input_kernel[(batch * heads, ceil_div(positions, options["BLOCK_N"]))](
+    launch(
+        input_kernel,
+        (batch * heads, ceil_div(positions, options["BLOCK_N"])),
         grad,
         x,
         frequencies.contiguous(),
@@ -353,7 +358,9 @@ def backward_samples(grad: Tensor, x: Tensor, frequencies: Tensor, factor: float
     runs = ceil_div(positions, _RUN * options["BLOCK_N"])
     parts = frequencies.new_empty((batch, kv_heads, heads // kv_heads, runs, *sizes))
     columns = ceil_div(frequencies.shape[4], options["BLOCK_M"])
-    samples_kernel[(batch * heads, runs, columns * frequencies.shape[2])](
+    launch(
+        samples_kernel,
+        (batch * heads, runs, columns * frequencies.shape[2]),
         grad,
         x,
         frequencies.contiguous(),

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .host import launch
 from .launch import Call, TileShape, ceil_div
 from .tiles import (
     SQUARE,
@@ -171,7 +172,9 @@ def prepare(
         terms = call.terms
         batch = call.batch if terms.range_batch or terms.runs_batch else 1
         spans = torch.empty(batch, tiles, 4, dtype=torch.int32, device=out.device)
-    prepare_kernel[(call.batch * call.heads, tiles)](
+    launch(
+        prepare_kernel,
+        (call.batch * call.heads, tiles),
         out,
         grad_out,
         log_normalizer,

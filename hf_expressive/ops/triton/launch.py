@@ -19,13 +19,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..dropout import threshold
 from ..problem import AttentionProblem
 from ..response import Response
+from .host import describe, launch
 from .tiles import EXP, HILL, SQUARE, Rule, Sizes, Terms, mix
 
 #: Whether kernels are compiled (and may hold inline assembly), not interpreted.
 COMPILED = isinstance(mix, JITFunction)
 
 _KINDS = {"hill": HILL.value, "square": SQUARE.value, "exp": EXP.value}
-_ALIGNMENT = 16  # bytes; what the bulk copies of tile descriptors ask of addresses and strides
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,28 +208,6 @@ def contiguous_float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
 
 
-def addressable(tensor: Tensor) -> tuple[Tensor, list[int]]:
-    """A (B, heads, length, size) tensor as a tile descriptor can express it, and its first strides.
-
-    One whose strides or address it cannot express is copied.
-    """
-    unit = _ALIGNMENT // tensor.element_size()
-    *strides, last = tensor.stride()
-    fits = last == 1 and tensor.data_ptr() % _ALIGNMENT == 0
-    for index, stride in enumerate(strides):
-        if tensor.shape[index] == 1:  # it is never taken and may be anything
-            strides[index] = unit
-        elif stride % unit or stride == 0:
-            fits = False
-    if not fits:
-        *lead, size = tensor.shape
-        padded = tensor.new_empty(*lead, ceil_div(size, unit) * unit)
-        padded[..., :size] = tensor
-        strides = list(padded.stride()[:-1])
-        tensor = padded[..., :size]
-    return tensor, strides
-
-
 @triton.jit
 def key_runs_kernel(keys, runs, num_keys, BLOCK: tl.constexpr):
     keys += tl.program_id(0).to(tl.int64) * num_keys
@@ -264,7 +242,7 @@ def key_runs(keys: Tensor) -> Tensor:
     """
     batch, num_keys = keys.shape
     runs = torch.empty(batch, 3, dtype=torch.int32, device=keys.device)
-    key_runs_kernel[(batch,)](keys, runs, num_keys, BLOCK=1024)
+    launch(key_runs_kernel, (batch,), keys, runs, num_keys, BLOCK=1024)
     return runs
 
 
@@ -333,9 +311,7 @@ class Call:
 
         The size is rounded up to a power of two; loads outside the tensor are zero.
         """
-        tensor, strides = addressable(tensor)
-        block = [1, 1, rows, power_of_two(tensor.shape[-1])]
-        return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block)
+        return describe(TensorDescriptor, tensor, (1, 1, rows, power_of_two(tensor.shape[-1])))
 
     @cached_property
     def terms(self) -> Terms:

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .features_kernels import SPAN, is_current, load_rows
+from .host import launch
 from .launch import ceil_div, power_of_two
 from .tiles import row_place
 
@@ -172,7 +173,9 @@ def forward(
     options = _options(x)
     if out is None:
         out = torch.empty(x.shape[:3], dtype=torch.float32, device=x.device)
-    forward_kernel[(batch * heads, ceil_div(positions, options["BLOCK_N"]))](
+    launch(
+        forward_kernel,
+        (batch * heads, ceil_div(positions, options["BLOCK_N"])),
         x,
         None if exponents is None else exponents.contiguous(),
         out,
@@ -200,7 +203,9 @@ def backward(
     parts = None
     if exponents is not None:
         parts = torch.empty((batch, heads, programs), dtype=torch.float32, device=x.device)
-    backward_kernel[(batch * heads, programs)](
+    launch(
+        backward_kernel,
+        (batch * heads, programs),
         grad,
         x,
         None if exponents is None else exponents.contiguous(),

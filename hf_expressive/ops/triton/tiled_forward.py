@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..layout import empty_rows
 from ..problem import AttentionProblem
+from .host import launch
 from .launch import Call
 from .tiles import (
     LN_2,
@@ -221,7 +222,9 @@ def compute(call: Call, rule: Rule, out: Tensor, log_normalizer: Tensor) -> None
         out: (B, H, Q, E), any strides but for the last. log_normalizer: (B, H, Q), contiguous.
     """
     problem, shape = call.problem, call.tile_shape("forward")
-    forward_kernel[call.query_grid(shape)](
+    launch(
+        forward_kernel,
+        call.query_grid(shape),
         call.tiles(problem.query, shape.block_m),
         call.tiles(problem.key, shape.block_n),
         call.tiles(problem.value, shape.block_n),
