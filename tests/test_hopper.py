@@ -115,6 +115,31 @@ CASES = {
             )
         },
     ),
+    "keys padded on both sides": (
+        (2, 4, 2, 600, 600),
+        {
+            "ranges": ranges(
+                2,
+                600,
+                600,
+                lambda b, q: 0 * q,
+                lambda b, q: q + 1,
+                lambda b, k: (k >= 140 * b) & (k < 600 - 71 * b),
+            )
+        },
+    ),
+    "one pattern, keys of each sequence": (
+        (3, 4, 2, 300, 300),
+        {
+            "ranges": KeyRanges(
+                torch.zeros(1, 300, dtype=torch.int32, device=DEVICE),
+                torch.full((1, 300), 300, dtype=torch.int32, device=DEVICE),
+                # The second sequence sees no key, the others all but one.
+                torch.tensor([True, False, True], device=DEVICE)[:, None]
+                & (torch.arange(300, device=DEVICE)[None] != 150),
+            )
+        },
+    ),
     "causal and ranges": (
         FULL,
         {
@@ -301,8 +326,6 @@ def test_auto_takes_them_for_large_problems() -> None:
     many = dataclasses.replace(few, query=query, ranges=None)
     assert hopper.is_faster(many)
     assert not hopper.is_faster(few)
-    shown = KeyRanges(torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 300, dtype=torch.bool))
-    assert not hopper.is_faster(dataclasses.replace(many, ranges=shown))
     assert choose(few, "auto") == ("triton" if GPU else "blockwise")
     assert choose(many, "auto") == ("hopper" if HOPPER else "triton" if GPU else "blockwise")
     assert not hopper.is_faster(dataclasses.replace(many, sliding_window=1))
@@ -483,6 +506,17 @@ def test_plan_bounds_what_is_visible(name: str) -> None:
     start, end = problem.static_bounds(torch.arange(queries, device=DEVICE)[None])
     if ranges is not None:
         start, end = torch.maximum(start, ranges.start), torch.minimum(end, ranges.end)
+    unbroken = [keys] * len(start)
+    if ranges is not None and ranges.keys is not None:
+        count = max(len(start), len(ranges.keys))
+        start, end = start.expand(count, -1).clone(), end.expand(count, -1).clone()
+        unbroken = []
+        for row, shown in enumerate(ranges.keys.expand(count, -1).tolist()):
+            seen_keys = [key for key in range(keys) if shown[key]] or [keys]
+            start[row].clamp_(min=seen_keys[0])
+            end[row].clamp_(max=seen_keys[-1] + 1 if any(shown) else 0)
+            hidden = [key for key in range(seen_keys[0], keys) if not shown[key]]
+            unbroken.append(min([*hidden, seen_keys[-1] + 1]) if any(shown) else 0)
     tables = plan(problem)
     # An end below the first key says the same as 0.
     ends, tiles = tables.rows[1].clamp(min=0), tables.tiles.clamp(min=0)
@@ -502,7 +536,7 @@ def test_plan_bounds_what_is_visible(name: str) -> None:
         for half in range(2):
             rows = slice(half * ROWS // 2, (half + 1) * ROWS // 2)
             if len(low[rows]):
-                expected = [int(low[rows].max()), int(high[rows].min())]
+                expected = [int(low[rows].max()), min(int(high[rows].min()), unbroken[pattern])]
                 assert inner[2 * half : 2 * half + 2] == expected
 
 

@@ -22,8 +22,6 @@ from hf_expressive.ops.problem import AttentionProblem
 from hf_expressive.ops.response import Response
 
 BFLOAT16 = torch.bfloat16
-#: What the kernel covers: no mask a key.
-OWN = [name for name in CASES if "hidden keys" not in name]
 
 
 def gradients_of(problem: AttentionProblem) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -81,6 +79,11 @@ def check(problem: AttentionProblem) -> None:
         ("square, left padding", 64, 15),
         ("square, one head spreads widely", 64, 16),
         ("square, constant weights", 64, 17),
+        ("hidden keys", 64, 20),
+        ("hidden keys", 128, 21),
+        ("keys padded on both sides", 64, 22),
+        ("one pattern, keys of each sequence", 64, 23),
+        ("square, hidden keys", 64, 24),
     ],
 )
 @pytest.mark.parametrize("band", [1, 2**30], ids=["bands", "one band"])
@@ -288,6 +291,8 @@ if "key_turns" not in constants:
 types |= dict(sum_tiles=tiles("fp32", gl.float32, 1, {size}, 64))
 types |= dict(delta_tiles=tiles("fp32", gl.float32, 1, 64))
 types |= dict(counter="*i32", turns="*i32")
+if "keys" not in constants:
+    types |= dict(keys="*u8")
 types |= dict(scale="fp32", inverse="fp32", final="fp32")
 floats = dict.fromkeys(["gain", "key_factors", "grad_key_bias"], "*fp32")
 tables = dict.fromkeys(["spans", "table", "starts", "ends"], "*i32")
@@ -310,9 +315,9 @@ assert compiled.metadata.shared <= 227 * 1024
             1,
             True,
             "key_turns=None, gain=None, key_factors=None, grad_key_bias=None, "
-            "spans=None, table=None, starts=None, ends=None",
+            "spans=None, table=None, starts=None, ends=None, keys=None",
         ),
-        (64, 2, False, "key_factors=None, grad_key_bias=None"),
+        (64, 2, False, "key_factors=None, grad_key_bias=None, keys=None"),
         (128, 0, True, "key_turns=None, gain=None"),
     ],
 )
@@ -331,7 +336,7 @@ def test_kernel_compiles_without_a_gpu(size: int, power: int, folded: bool, abse
     ("name", "size", "value_size"),
     [
         (name, *sizes)
-        for name in OWN
+        for name in CASES
         for sizes in [(64, 64), (128, 128), (64, 128), (128, 64)]
         if sizes[0] == sizes[1] or name in SQUARES
     ],

@@ -6,8 +6,8 @@ sequences, grouped heads, learned gain and sinks, for head sizes 64 and 128. Wri
 (`tiled_forward`, `tiled_backward`; what both use is in `work` and `operations`). Deterministic: which
 program computes a tile varies, what it computes does not.
 
-Gradients in bfloat16 come from a backward kernel of five products; those in float16, of short calls and
-with masks a key from the portable kernels (`has_own_backward`).
+Gradients in bfloat16 come from a backward kernel of five products; those in float16 and of short calls
+from the portable kernels (`has_own_backward`).
 """
 
 from __future__ import annotations
@@ -72,11 +72,8 @@ def is_faster(problem: AttentionProblem) -> bool:
     2²⁷ on the Hill response took 0.71 to 0.95 of the portable kernels' time, and no more than theirs
     with a slow host's launches (Triton 3.6, H200, `recipes/results/hopper.json`). From 2²⁴ on it takes
     less of the GPU, but the host launches a forward pass in 1.2 to 1.5 times the time, a backward pass
-    in 0.4 to 0.9. The square response was compared from 2²⁸ on. Not so with a mask a key
-    (`KeyRanges.keys`), in which these kernels skip nothing.
+    in 0.4 to 0.9. The square response was compared from 2²⁸ on.
     """
-    if problem.ranges is not None and problem.ranges.keys is not None:
-        return False
     batch, heads, num_queries, _ = problem.query.shape
     seen = problem.key.shape[2]
     if problem.sliding_window is not None:

@@ -23,8 +23,10 @@ from ..triton.launch import (
     Call,
     ceil_div,
     contiguous_float,
+    element_strides,
     is_foldable,
     num_processors,
+    shown_keys,
 )
 from ..triton.tiles import row_place, store_rows
 from .launch import pieces, square_terms, tiles
@@ -269,6 +271,7 @@ def gradients(
     left, right = reach(problem)
     first_seen = max(0, num_keys - num_queries + 1 - left)
     spans = seen = starts = ends = None
+    keys = shown_keys(problem)
     patterns = 1
     if not is_arithmetic(problem):
         tables = plan(problem)
@@ -334,6 +337,8 @@ def gradients(
         grad_key_bias,
         starts,
         ends,
+        keys,
+        *element_strides(keys, 1),
         float(problem.scale),
         inverse,
         final,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..problem import AttentionProblem
 from ..triton.host import launch
+from ..triton.launch import element_strides, key_runs, shown_keys
 from ..triton.tiles import store_rows
 
 #: Queries of a tile; its two halves belong to one consumer each.
@@ -28,10 +29,11 @@ class Plan:
     """The tables of one call. Letters: R is B, or 1 where all sequences of a batch share a pattern.
 
     Args:
-        rows: int32, (2, R, tiles · `ROWS`): first visible key of each query and one past the last;
-            queries past the last one repeat its bounds.
+        rows: int32, (2, R, tiles · `ROWS`): first visible key of each query and one past the last, for
+            all that `KeyRanges.keys` hides between them; queries past the last one repeat its bounds.
         tiles: int32, (R, tiles, `FIELDS`): first visible key of any query of the tile, one past the last
-            one, and for both halves [start, end) of the keys that all of its queries see.
+            one, and for both halves [start, end) of keys that all of its queries see: with
+            `KeyRanges.keys` no more than their first unbroken run.
         count: tiles of one head.
     """
 
@@ -44,12 +46,15 @@ class Plan:
         return self.tiles.shape[0]
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "left", "right"])
+@triton.jit(do_not_specialize=["range_batch", "num_queries", "num_keys", "left", "right"])
 def plan_kernel(
     start,
     end,
+    runs,
     rows,
     tiles,
+    range_batch,
+    runs_batch,
     num_queries,
     num_keys,
     left,
@@ -65,10 +70,16 @@ def plan_kernel(
     diagonal = query + (num_keys - num_queries)
     first = tl.maximum(diagonal - left + 1, 0)
     last = tl.minimum(diagonal + right, num_keys)
+    unbroken = num_keys
     if start is not None:
-        place = pattern.to(tl.int64) * num_queries + query
+        place = pattern.to(tl.int64) * range_batch + query
         first = tl.maximum(first, tl.load(start + place))
         last = tl.minimum(last, tl.load(end + place))
+    if runs is not None:
+        runs += pattern * runs_batch
+        first = tl.maximum(first, tl.load(runs))
+        last = tl.minimum(last, tl.load(runs + 1))
+        unbroken = tl.load(runs + 2)
     width = tl.num_programs(0) * ROWS
     tl.store(rows + pattern * width + index, first)
     tl.store(rows + (tl.num_programs(1) + pattern) * width + index, last)
@@ -79,7 +90,7 @@ def plan_kernel(
     tl.store(entry + 1, tl.max(tl.max(tl.where(seen, last, 0), 1), 0))
     both = tl.arange(0, 2)
     tl.store(entry + 2 + 2 * both, tl.max(first, 1))
-    tl.store(entry + 3 + 2 * both, tl.min(last, 1))
+    tl.store(entry + 3 + 2 * both, tl.minimum(tl.min(last, 1), unbroken))
 
 
 @triton.jit(do_not_specialize=["heads", "num_queries", "patterns"])
@@ -126,11 +137,14 @@ def plan(problem: AttentionProblem) -> Plan:
     """The tables of a problem."""
     num_queries, num_keys = problem.query.shape[2], problem.key.shape[2]
     ranges = problem.ranges
-    start = end = None
+    start = end = runs = None
     patterns = 1
     if ranges is not None:
         start, end = ranges.start.int().contiguous(), ranges.end.int().contiguous()
         patterns = start.shape[0]
+    if (keys := shown_keys(problem)) is not None:
+        runs = key_runs(keys)
+        patterns = max(patterns, runs.shape[0])
     count = triton.cdiv(num_queries, ROWS)
     new = problem.query.new_empty
     rows = new(2, patterns, count * ROWS, dtype=torch.int32)
@@ -141,8 +155,11 @@ def plan(problem: AttentionProblem) -> Plan:
         (count, patterns),
         start,
         end,
+        runs,
         rows,
         tiles,
+        *element_strides(start, 1),
+        *element_strides(runs, 1),
         num_queries,
         num_keys,
         left,

@@ -100,8 +100,8 @@ def weight_and_slope(
 @gluon.jit
 def bounds_of(query, item, tensors, limits):
     """[start, end) of the keys that queries see."""
-    gain, starts, ends = tensors
-    first_key, bounds, first_head = item
+    gain, starts, ends, keys, keys_batch = tensors
+    first_key, bounds, first_head, batch = item
     if starts is None:
         start, end = band_of(query, limits)
     else:
@@ -114,9 +114,15 @@ def bounds_of(query, item, tensors, limits):
 def visible_in(query, item, tensors, limits, SCORE: gl.constexpr):
     """Which queries see which keys of a tile."""
     start, end = bounds_of(query, item, tensors, limits)
-    first_key, bounds, first_head = item
+    gain, starts, ends, keys, keys_batch = tensors
+    first_key, bounds, first_head, batch = item
     key = first_key + gl.arange(0, _KEYS, gl.SliceLayout(1, SCORE))
-    return (key[:, None] >= start[None, :]) & (key[:, None] < end[None, :])
+    visible = (key[:, None] >= start[None, :]) & (key[:, None] < end[None, :])
+    if keys is not None:
+        offset, left, right, num_keys = limits
+        place = keys + batch.to(gl.int64) * keys_batch + key
+        visible = visible & (gl.load(place, mask=key < num_keys, other=0) != 0)[:, None]
+    return visible
 
 
 @gluon.jit
@@ -443,9 +449,9 @@ def weigh(
     `packed`."""
     QUERIES: gl.constexpr = score.shape[1]
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUERIES, 16])
-    gain, starts, ends = tensors
+    gain, starts, ends, keys, keys_batch = tensors
     factor, inverse, final = terms
-    first_key, bounds, first_head = item
+    first_key, bounds, first_head, batch = item
     if gain is not None:
         factor = factor * gl.load(gain + first_head + member)
     query = (code >> 1) * QUERIES + gl.arange(0, QUERIES, gl.SliceLayout(0, SCORE))
@@ -592,7 +598,7 @@ def consumer(
     grad_key_tiles, grad_value_tiles = out_tiles
     key_factors, grad_key_bias = key_terms
     scale, inverse, final = terms
-    gain, starts, ends = tensors
+    gain, starts, ends, keys, keys_batch = tensors
     offset, left, right, num_keys = limits
     QUERIES: gl.constexpr = query_buffer.shape[3]
     SIZE: gl.constexpr = query_buffer.shape[4]
@@ -614,7 +620,7 @@ def consumer(
         pattern = gl.minimum(batch, patterns - 1)
         each = span_of(tile, key_row, shape, spans, limits)[2] * PER
         first_head %= key_heads * share * group
-        item = (tile * _KEYS, pattern * (query_tiles_count * _ROWS), first_head)
+        item = (tile * _KEYS, pattern * (query_tiles_count * _ROWS), first_head, batch)
         key_sum = gl.zeros([_KEYS, SIZE], gl.float32, SUM)
         bracket_sum = lane_sums(gl.zeros([_KEYS, QUERIES], gl.float32, SCORE), _KEYS, QUERIES)
         factors = key_factors
@@ -727,8 +733,8 @@ def consumer(
         store_part(query_part, sum_buffer.index(own_sum))
         if BIASED:
             # Σ P·bracket: of the squares, Σ s·dS, what k_j·dk_j is; the rest is a constant a key.
-            keys = key_buffer.index(0).reshape([_KEYS, SIZE]).load(SUM).to(gl.float32)
-            squares = gl.convert_layout(gl.sum(keys * key_total, 1), KEY)
+            own_keys = key_buffer.index(0).reshape([_KEYS, SIZE]).load(SUM).to(gl.float32)
+            squares = gl.convert_layout(gl.sum(own_keys * key_total, 1), KEY)
             if not FOLDED and gain is None:
                 squares = squares * scale
             rest = gl.convert_layout(gl.sum(bracket_sum, 1), KEY) * inverse
@@ -782,7 +788,7 @@ def backward_kernel(
     query_tiles, key_tiles, value_tiles, grad_tiles, delta_tiles, sum_tiles,
     grad_key_tiles, grad_value_tiles,
     spans, table, counter, turns, key_turns,
-    gain, key_factors, grad_key_bias, starts, ends, scale, inverse, final,
+    gain, key_factors, grad_key_bias, starts, ends, keys, keys_batch, scale, inverse, final,
     tiles, rows, band, tail, sweep, key_heads, share, group, patterns, query_tiles_count,
     offset, left, right, num_keys,
     STAGES: gl.constexpr, POWER: gl.constexpr, FOLDED: gl.constexpr, SINGLE: gl.constexpr,
@@ -855,7 +861,7 @@ def backward_kernel(
     )  # fmt: skip
     shape = (tiles, rows, band, tail, sweep, key_heads, share, group, patterns, query_tiles_count)
     terms = (scale, inverse, final)
-    tensors = (gain, starts, ends)
+    tensors = (gain, starts, ends, keys, keys_batch)
     limits = (offset, left, right, num_keys)
     out_tiles = (grad_key_tiles, grad_value_tiles)
     key_terms = (key_factors, grad_key_bias)

@@ -287,8 +287,6 @@ def weigh(
     few = inner_end - inner_start < KEYS
     row_keys = keys
     if keys is not None:
-        partial = begin >= 0
-        few = partial
         row_keys = keys + batch.to(gl.int64) * keys_batch
     if partial:
         if POWER > 0:  # the weight of score 0 is 0

@@ -66,7 +66,8 @@ def _property(argument: Any) -> Any:
     if kind is float or kind is bool:
         return kind
     if isinstance(argument, tuple):
-        return (kind, *map(_property, argument))
+        # Most of `Terms` is absent: a call for each would take as long as all the rest.
+        return (kind, *[None if part is None else _property(part) for part in argument])
     # A descriptor made here, or a compile-time constant.
     return getattr(argument, "property", argument)
 
