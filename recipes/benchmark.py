@@ -29,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache, partial
@@ -285,6 +285,7 @@ class Masked:
         documents: number of documents packed into each row.
         window: sliding window. padding: hidden tokens at the left.
         by_key: padding as a mask of keys, whose bounds are not known, instead of bounds of each query.
+        shown: share of the keys that are not hidden, at random; a mask of keys, too.
     """
 
     name: str
@@ -292,13 +293,14 @@ class Masked:
     window: float = 1.0
     padding: float = 0.0
     by_key: bool = False
+    shown: float = 1.0
 
     def pairs(self, length: int) -> float:
         """Visible pairs of a row."""
         width, reach = length * (1 - self.padding) / self.documents, length * self.window
         full = width * (width + 1) / 2
         beyond = max(0.0, width - reach)
-        return self.documents * (full - beyond * (beyond + 1) / 2)
+        return self.documents * (full - beyond * (beyond + 1) / 2) * self.shown
 
     def mask(self, batch: int, length: int) -> dict[str, Any]:
         """The mask as arguments of `expressive_attention`."""
@@ -307,6 +309,12 @@ class Masked:
         token = torch.arange(length, device="cuda", dtype=torch.int32)[None]
         if self.padding > 0.0:
             token = token.expand(batch, -1)
+        if self.shown < 1.0:
+            generator = torch.Generator("cuda").manual_seed(0)
+            drawn = torch.rand(batch, length, generator=generator, device="cuda")
+            return {
+                "attention_mask": KeyRanges(torch.zeros_like(token), token + 1, drawn < self.shown)
+            }
         if self.by_key:
             shown = token >= int(length * self.padding)
             return {"attention_mask": KeyRanges(torch.zeros_like(token), token + 1, shown)}
@@ -350,6 +358,7 @@ MASKED = (
     Masked("window of an eighth", window=1 / 8),
     Masked("half padding", padding=0.5),
     Masked("half padding, by key", padding=0.5, by_key=True),
+    Masked("70 % of keys", by_key=True, shown=0.7),
 )
 
 
@@ -516,7 +525,7 @@ def measure_masked(shape: Shape, repeats: int, with_flash: bool) -> list[dict[st
                 shape.tensors("cuda", torch.bfloat16),
             )
         }
-        if case in MASKED and case.window == 1.0:
+        if case in MASKED and case.window == case.shown == 1.0:
             rows = case.own_rows(shape).tensors("cuda", torch.bfloat16)
             calls["own rows"] = partial(expressive_attention, is_causal=True), rows
         if with_flash and not case.by_key:
@@ -593,8 +602,8 @@ def measure(
     return records + failed
 
 
-def run_cpu(repeats: int, longest: int) -> dict[str, Any]:
-    """Times at several lengths, memory up to `longest`."""
+def run_cpu(repeats: int, longest: int) -> Iterator[dict[str, Any]]:
+    """Times at several lengths, memory up to `longest`; yields what it has after each of them."""
     chosen = rivals("cpu")
     for name, attention in chosen.items():
         check(name, attention, "cpu", torch.float32)
@@ -603,6 +612,7 @@ def run_cpu(repeats: int, longest: int) -> dict[str, Any]:
     times, memory = [], []
     for length in tqdm(lengths, desc="time"):
         times += measure(Shape(1, 8, 8, length, length, 64), chosen, "cpu", torch.float32, repeats)
+    yield {"times": times}
     jobs = [
         (name, length)
         for name in chosen
@@ -613,11 +623,12 @@ def run_cpu(repeats: int, longest: int) -> dict[str, Any]:
         command = [sys.executable, __file__, "--resident-memory", name, str(length)]
         child = subprocess.run(command, capture_output=True, text=True, check=True)
         memory.append({"name": name, "keys": length, "MiB": round(float(child.stdout), 1)})
-    return {"times": times, "memory": memory}
+    yield {"times": times, "memory": memory}
 
 
-def run_cuda(repeats: int, longest: int) -> dict[str, Any]:
-    """Times of three standard shapes, of grouped heads at several lengths, of decoding; memory."""
+def run_cuda(repeats: int, longest: int) -> Iterator[dict[str, Any]]:
+    """Times of three standard shapes, of grouped heads at several lengths, of decoding; batches with
+    masks; memory. Yields what it has after each of them."""
     dtype = torch.bfloat16
     chosen = {}
     for name, attention in tqdm(rivals("cuda").items(), desc="check"):
@@ -648,29 +659,27 @@ def run_cuda(repeats: int, longest: int) -> dict[str, Any]:
             used["softmax, sdpa"] = softmax
         times += measure(shape, used, "cuda", dtype, rounds)
         torch.cuda.empty_cache()
-    for shape in tqdm(standard[:1] + grouped, desc="memory"):
-        for name, attention in without_flex.items():
-            peak = peak_memory(attention, shape, dtype)
-            memory.append(
-                {"name": name, "shape": str(shape), "keys": shape.keys, "MiB": round(peak, 1)}
-            )
-    masked = []
-    for shape in tqdm(
-        (Shape(4, 16, 16, 8192, 8192, 128), Shape(4, 32, 32, 8192, 8192, 64)), desc="masks"
-    ):
-        masked += measure_masked(shape, repeats, "softmax, FlashAttention-4" in chosen)
     bandwidth = copy_bandwidth()
     for record in times:
         if record.get("queries") == 1 and "error" not in record:
             moved = 2 * record["batch"] * record["key_heads"] * record["keys"] * record["size"]
             rate = moved * dtype.itemsize / (record["milliseconds"] / 1e3)
             record["share_of_copy"] = round(rate / bandwidth, 3)
-    return {
-        "times": times,
-        "memory": memory,
-        "masked": masked,
-        "copy_bytes_per_second": float(f"{bandwidth:.4g}"),
-    }
+    results = {"times": times, "copy_bytes_per_second": float(f"{bandwidth:.4g}")}
+    yield results
+    masked = []
+    for shape in tqdm(
+        (Shape(4, 16, 16, 8192, 8192, 128), Shape(4, 32, 32, 8192, 8192, 64)), desc="masks"
+    ):
+        masked += measure_masked(shape, repeats, "softmax, FlashAttention-4" in chosen)
+        yield results | {"masked": masked}
+    for shape in tqdm(standard[:1] + grouped, desc="memory"):
+        for name, attention in without_flex.items():
+            peak = peak_memory(attention, shape, dtype)
+            memory.append(
+                {"name": name, "shape": str(shape), "keys": shape.keys, "MiB": round(peak, 1)}
+            )
+    yield results | {"masked": masked, "memory": memory}
 
 
 # --- Reporting --------------------------------------------------------------------------------------
@@ -718,7 +727,7 @@ def print_table(results: dict[str, Any]) -> None:
             f"{row['milliseconds']:8.3f} ms, {row['over_share']:.2f} × its share"
             + (f", {row['over_own_rows']:.2f} × own rows" if "over_own_rows" in row else "")
         )
-    for row in results["memory"]:
+    for row in results.get("memory", []):
         print(f"memory {row['keys']:6} keys {row['name']:28} {row['MiB']:10.1f} MiB")
 
 
@@ -785,14 +794,14 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that PyTorch sees; use --device cpu.")
     run = run_cpu if options.device == "cpu" else run_cuda
-    results = {
-        "environment": environment(options.device, options.commit),
-        **run(options.repeats, options.longest),
-    }
+    results = {"environment": environment(options.device, options.commit)}
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"benchmark_{options.device}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    plot(results, path.with_suffix(".png"))
+    # What is measured is kept, should a later part fail or run out of time.
+    for part in run(options.repeats, options.longest):
+        results |= part
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        plot(results, path.with_suffix(".png"))
     print_table(results)
     print(f"written: {path}")
 

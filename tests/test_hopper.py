@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from hf_expressive.ops import expressive_attention, hopper, reference
 from hf_expressive.ops.functional import choose
 from hf_expressive.ops.hopper.launch import STAGES
-from hf_expressive.ops.hopper.plan import ROWS, plan
+from hf_expressive.ops.hopper.plan import KEYS, ROWS, plan
 from hf_expressive.ops.problem import AttentionProblem, KeyRanges
 from hf_expressive.ops.response import Response
 
@@ -536,8 +536,14 @@ def test_plan_bounds_what_is_visible(name: str) -> None:
         for half in range(2):
             rows = slice(half * ROWS // 2, (half + 1) * ROWS // 2)
             if len(low[rows]):
-                expected = [int(low[rows].max()), min(int(high[rows].min()), unbroken[pattern])]
+                common = (int(low[rows].max()), int(high[rows].min()))
+                expected = [common[0], min(common[1], unbroken[pattern])]
                 assert inner[2 * half : 2 * half + 2] == expected
+                if ranges is not None and ranges.keys is not None:
+                    count = int(
+                        ranges.keys.expand(tables.patterns, -1)[pattern, slice(*common)].sum()
+                    )
+                    assert min(inner[4 + half], KEYS) == min(count, KEYS)
 
 
 @needs_hopper

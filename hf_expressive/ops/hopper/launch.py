@@ -22,11 +22,10 @@ from ..triton.launch import (
     num_processors,
     shown_keys,
 )
-from .plan import ROWS, fill_empty, is_arithmetic, plan, reach
+from .plan import KEYS, ROWS, fill_empty, is_arithmetic, plan, reach
 from .tiled_forward import forward_kernel
 
-# Keys of a block, and the size of a half of the queries: what one matrix instruction spans.
-KEYS = 128
+# A half of the queries: what one matrix instruction spans.
 HALF = ROWS // 2
 # Keys and values of the heads that programs work on at a time; they should stay in the L2 cache, of
 # which an H200 has 50 MiB. With all heads at once it thrashes (hit rate 42 % instead of 84 %).

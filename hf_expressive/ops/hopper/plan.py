@@ -21,7 +21,9 @@ from ..triton.tiles import store_rows
 #: Queries of a tile; its two halves belong to one consumer each.
 ROWS = 128
 #: Numbers a tile in `Plan.tiles`.
-FIELDS = 6
+FIELDS = 8
+#: Keys of a block; so many are not few.
+KEYS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,8 @@ class Plan:
             all that `KeyRanges.keys` hides between them; queries past the last one repeat its bounds.
         tiles: int32, (R, tiles, `FIELDS`): first visible key of any query of the tile, one past the last
             one, and for both halves [start, end) of keys that all of its queries see: with
-            `KeyRanges.keys` no more than their first unbroken run.
+            `KeyRanges.keys` no more than their first unbroken run. Then, with `KeyRanges.keys`, for both
+            halves how many keys all of its queries see, exact up to `KEYS`.
         count: tiles of one head.
     """
 
@@ -46,14 +49,18 @@ class Plan:
         return self.tiles.shape[0]
 
 
-@triton.jit(do_not_specialize=["range_batch", "num_queries", "num_keys", "left", "right"])
+@triton.jit(
+    do_not_specialize=["range_batch", "keys_batch", "num_queries", "num_keys", "left", "right"]
+)
 def plan_kernel(
     start,
     end,
+    keys,
     runs,
     rows,
     tiles,
     range_batch,
+    keys_batch,
     runs_batch,
     num_queries,
     num_keys,
@@ -61,6 +68,7 @@ def plan_kernel(
     right,
     ROWS: tl.constexpr,
     FIELDS: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
     tile = tl.program_id(0)
     pattern = tl.program_id(1)
@@ -91,6 +99,17 @@ def plan_kernel(
     both = tl.arange(0, 2)
     tl.store(entry + 2 + 2 * both, tl.max(first, 1))
     tl.store(entry + 3 + 2 * both, tl.minimum(tl.min(last, 1), unbroken))
+    if keys is not None:
+        keys += pattern.to(tl.int64) * keys_batch
+        start = tl.max(first, 1)
+        end = tl.min(last, 1)
+        count = tl.zeros((2,), tl.int32)
+        while tl.max(((start < end) & (count < KEYS)).to(tl.int32), 0) > 0:
+            key = start[:, None] + tl.arange(0, KEYS)[None, :]
+            shown = tl.load(keys + key, mask=key < end[:, None], other=0) != 0
+            count += tl.sum(shown.to(tl.int32), 1)
+            start += KEYS
+        tl.store(entry + 6 + both, count)
 
 
 @triton.jit(do_not_specialize=["heads", "num_queries", "patterns"])
@@ -155,10 +174,12 @@ def plan(problem: AttentionProblem) -> Plan:
         (count, patterns),
         start,
         end,
+        keys,
         runs,
         rows,
         tiles,
         *element_strides(start, 1),
+        *element_strides(keys, 1),
         *element_strides(runs, 1),
         num_queries,
         num_keys,
@@ -166,6 +187,7 @@ def plan(problem: AttentionProblem) -> Plan:
         right,
         ROWS=ROWS,
         FIELDS=FIELDS,
+        KEYS=KEYS,
         num_warps=1,
     )
     return Plan(rows, tiles, count)

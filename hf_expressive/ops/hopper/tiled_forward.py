@@ -37,8 +37,10 @@ from .operations import (
     store_tile,
     unsigned,
 )
+from .plan import FIELDS
 from .work import band_of, entries_of, place_in_bands, seen_by_all, seen_by_any
 
+_FIELDS = gl.constexpr(FIELDS)
 _LN_2 = gl.constexpr(0.6931471805599453)
 _LOG2_E = gl.constexpr(1.4426950408889634)
 # Below the smallest normal number a row sum counts as zero, as in the reference.
@@ -131,10 +133,11 @@ def published(buffer, barriers, turn):
 
 @gluon.jit
 def visibility(
-    tile, batch, shape, tables, limits,
+    tile, batch, keys, shape, tables, limits,
     half: gl.constexpr, HALF: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """What half a tile sees: [start, end) of what all of its queries see, and of each."""
+    """What half a tile sees: [start, end) of what all of its queries see, and of each; with a mask of
+    keys, how many all of them see."""
     table, bounds = tables
     tiles, rows, band, tail, heads, group, patterns, num_queries = shape
     tile = gl.maximum(tile, 0)
@@ -147,7 +150,10 @@ def visibility(
         pattern = gl.minimum(batch, patterns - 1)
         start = gl.load(bounds + pattern * (tiles * 2 * HALF) + query)
         end = gl.load(bounds + (patterns + pattern) * (tiles * 2 * HALF) + query)
-    return inner_start, inner_end, start, end
+    count = 0
+    if keys is not None:
+        count = gl.load(entries + tile * _FIELDS + (6 + half))
+    return inner_start, inner_end, start, end, count
 
 
 @gluon.jit
@@ -273,7 +279,7 @@ def weigh(
     Rows that may see few keys are summed from rounded weights, so that the output of a single key is its
     value exactly; `rounding` is what that changes, because the log normaliser is that of the exact sum.
     """
-    inner_start, inner_end, start, end = seen
+    inner_start, inner_end, start, end, count = seen
     factor, inverse, base = constants
     total, rounding = sums
     (
@@ -287,6 +293,7 @@ def weigh(
     few = inner_end - inner_start < KEYS
     row_keys = keys
     if keys is not None:
+        few = count < KEYS
         row_keys = keys + batch.to(gl.int64) * keys_batch
     if partial:
         if POWER > 0:  # the weight of score 0 is 0
@@ -376,7 +383,8 @@ def consumer(
     # The first block of the first tile; its weights are the only ones that no product hides.
     turn = 0
     tile, batch, head, key_row, first, count = published(index_buffer, barriers, turn)
-    seen = visibility(tile, batch, shape, tables, limits, half, HALF, ROW)
+    keys = terms[6]
+    seen = visibility(tile, batch, keys, shape, tables, limits, half, HALF, ROW)
     constants = constants_of(head, key_row, terms, POWER, FOLDED)
     begin = (first + count - 1) * KEYS
     mbarrier.wait(queries_in.index(half), 0, pred=tile >= 0)
@@ -438,7 +446,7 @@ def consumer(
                 done, done_base, done_sums = (tile, batch, head), constants[2], (total, rounding)
                 tile, batch, head, key_row, first, count = ahead
                 begin = (first + count - 1) * KEYS
-                seen = visibility(tile, batch, shape, tables, limits, half, HALF, ROW)
+                seen = visibility(tile, batch, keys, shape, tables, limits, half, HALF, ROW)
                 constants = constants_of(head, key_row, terms, POWER, FOLDED)
                 total, rounding = nothing, nothing
             score = warpgroup_mma_wait(1, deps=[score])
