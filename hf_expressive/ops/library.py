@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -85,6 +86,9 @@ def attention(problem: AttentionProblem, impl: str) -> tuple[Tensor, Tensor]:
     return out, log_normalizer
 
 
+_response = cache(Response)
+
+
 def _problem(arguments: Sequence[Any]) -> AttentionProblem:
     """The inverse of the flattening in `attention`."""
     (query, key, value, gain, key_bias, bias, mask, start, end, keys, sinks, seed) = arguments[:12]
@@ -93,7 +97,7 @@ def _problem(arguments: Sequence[Any]) -> AttentionProblem:
         query=query,
         key=key,
         value=value,
-        response=Response(kind, power, epsilon),
+        response=_response(kind, power, epsilon),
         scale=scale,
         gain=gain,
         key_bias=key_bias,

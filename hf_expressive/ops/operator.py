@@ -20,6 +20,8 @@ from torch.autograd import forward_ad
 #: Of the operators' names. A copy of these files in a kernel repository has another, so that both can be
 #: loaded in one process.
 _NAMESPACE = __name__.partition(".")[0]
+#: Of an operator's inputs where none is a tensor of another class.
+_PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None), str, int, float, bool}
 
 
 def operator(
@@ -84,11 +86,7 @@ def _is_unobserved(inputs: Sequence[Any]) -> bool:
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and all(
-            type(value) in (torch.Tensor, torch.nn.Parameter)
-            for value in inputs
-            if isinstance(value, torch.Tensor)
-        )
+        and {type(value) for value in inputs} <= _PLAIN_TYPES
     )
 
 
