@@ -2,6 +2,7 @@
 
     python recipes/benchmark.py --device cpu
     python recipes/benchmark.py --device cuda
+    python recipes/benchmark.py --device cuda --parts masked
 
 On the CPU: expressive attention (blockwise) and the kernels of implicit kernel attention against
 PyTorch's softmax attention and against the formula written naively. On a GPU: the Triton kernels, for
@@ -29,7 +30,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache, partial
@@ -50,6 +51,7 @@ from hf_expressive.ops.response import Response
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 RESULTS = Path(__file__).parent / "results"
+PARTS = {"cpu": ("times", "memory"), "cuda": ("times", "masked", "memory")}
 SQUARE = Response("square", epsilon=1e-5)
 #: Calls queued at most, so that their launches fit the driver's queue; what a waiting GPU counts.
 MOST_QUEUED = 40
@@ -602,17 +604,23 @@ def measure(
     return records + failed
 
 
-def run_cpu(repeats: int, longest: int) -> Iterator[dict[str, Any]]:
-    """Times at several lengths, memory up to `longest`; yields what it has after each of them."""
+def run_cpu(
+    parts: Sequence[str], repeats: int, longest: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Times at several lengths, memory up to `longest`: each of the parts with its results."""
     chosen = rivals("cpu")
     for name, attention in chosen.items():
         check(name, attention, "cpu", torch.float32)
     lengths = [length for length in (1024, 2048, 4096) if length <= longest]
     memory_lengths = [length for length in (2048, 4096, 8192, 16384) if length <= longest]
     times, memory = [], []
-    for length in tqdm(lengths, desc="time"):
-        times += measure(Shape(1, 8, 8, length, length, 64), chosen, "cpu", torch.float32, repeats)
-    yield {"times": times}
+    if "times" in parts:
+        for length in tqdm(lengths, desc="time"):
+            shape = Shape(1, 8, 8, length, length, 64)
+            times += measure(shape, chosen, "cpu", torch.float32, repeats)
+        yield "times", {"times": times}
+    if "memory" not in parts:
+        return
     jobs = [
         (name, length)
         for name in chosen
@@ -623,12 +631,14 @@ def run_cpu(repeats: int, longest: int) -> Iterator[dict[str, Any]]:
         command = [sys.executable, __file__, "--resident-memory", name, str(length)]
         child = subprocess.run(command, capture_output=True, text=True, check=True)
         memory.append({"name": name, "keys": length, "MiB": round(float(child.stdout), 1)})
-    yield {"times": times, "memory": memory}
+    yield "memory", {"memory": memory}
 
 
-def run_cuda(repeats: int, longest: int) -> Iterator[dict[str, Any]]:
+def run_cuda(
+    parts: Sequence[str], repeats: int, longest: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Times of three standard shapes, of grouped heads at several lengths, of decoding; batches with
-    masks; memory. Yields what it has after each of them."""
+    masks; memory: each of the parts with its results."""
     dtype = torch.bfloat16
     chosen = {}
     for name, attention in tqdm(rivals("cuda").items(), desc="check"):
@@ -650,36 +660,38 @@ def run_cuda(repeats: int, longest: int) -> Iterator[dict[str, Any]]:
     lengths = [length for length in (2048, 4096, 8192, 16384, 32768, 65536) if length <= longest]
     grouped = [Shape(max(1, 16384 // length), 32, 8, length, length, 128) for length in lengths]
     decoding = [Shape(16, 32, 8, 1, 32768, 128), Shape(1, 32, 8, 1, 32768, 128)]
-    times, memory = [], []
-    for shape in tqdm(standard + grouped + decoding, desc="time"):
-        rounds = repeats if shape.keys <= 16384 else max(3, repeats // 4)
-        used = chosen if shape in standard else without_flex
-        if shape in decoding:
-            used = {n: run for n, run in own.items() if "Triton" not in n}
-            used["softmax, sdpa"] = softmax
-        times += measure(shape, used, "cuda", dtype, rounds)
-        torch.cuda.empty_cache()
-    bandwidth = copy_bandwidth()
-    for record in times:
-        if record.get("queries") == 1 and "error" not in record:
-            moved = 2 * record["batch"] * record["key_heads"] * record["keys"] * record["size"]
-            rate = moved * dtype.itemsize / (record["milliseconds"] / 1e3)
-            record["share_of_copy"] = round(rate / bandwidth, 3)
-    results = {"times": times, "copy_bytes_per_second": float(f"{bandwidth:.4g}")}
-    yield results
-    masked = []
-    for shape in tqdm(
-        (Shape(4, 16, 16, 8192, 8192, 128), Shape(4, 32, 32, 8192, 8192, 64)), desc="masks"
-    ):
-        masked += measure_masked(shape, repeats, "softmax, FlashAttention-4" in chosen)
-        yield results | {"masked": masked}
-    for shape in tqdm(standard[:1] + grouped, desc="memory"):
-        for name, attention in without_flex.items():
-            peak = peak_memory(attention, shape, dtype)
-            memory.append(
-                {"name": name, "shape": str(shape), "keys": shape.keys, "MiB": round(peak, 1)}
-            )
-    yield results | {"masked": masked, "memory": memory}
+    if "times" in parts:
+        times = []
+        for shape in tqdm(standard + grouped + decoding, desc="time"):
+            rounds = repeats if shape.keys <= 16384 else max(3, repeats // 4)
+            used = chosen if shape in standard else without_flex
+            if shape in decoding:
+                used = {n: run for n, run in own.items() if "Triton" not in n}
+                used["softmax, sdpa"] = softmax
+            times += measure(shape, used, "cuda", dtype, rounds)
+            torch.cuda.empty_cache()
+        bandwidth = copy_bandwidth()
+        for record in times:
+            if record.get("queries") == 1 and "error" not in record:
+                moved = 2 * record["batch"] * record["key_heads"] * record["keys"] * record["size"]
+                rate = moved * dtype.itemsize / (record["milliseconds"] / 1e3)
+                record["share_of_copy"] = round(rate / bandwidth, 3)
+        yield "times", {"times": times, "copy_bytes_per_second": float(f"{bandwidth:.4g}")}
+    if "masked" in parts:
+        masked = []
+        shapes = (Shape(4, 16, 16, 8192, 8192, 128), Shape(4, 32, 32, 8192, 8192, 64))
+        for shape in tqdm(shapes, desc="masks"):
+            masked += measure_masked(shape, repeats, "softmax, FlashAttention-4" in chosen)
+        yield "masked", {"masked": masked}
+    if "memory" in parts:
+        memory = []
+        for shape in tqdm(standard[:1] + grouped, desc="memory"):
+            for name, attention in without_flex.items():
+                peak = peak_memory(attention, shape, dtype)
+                memory.append(
+                    {"name": name, "shape": str(shape), "keys": shape.keys, "MiB": round(peak, 1)}
+                )
+        yield "memory", {"memory": memory}
 
 
 # --- Reporting --------------------------------------------------------------------------------------
@@ -707,7 +719,7 @@ def environment(device: str, commit: str | None) -> dict[str, Any]:
 
 def print_table(results: dict[str, Any]) -> None:
     """Times beside the first softmax rival of the same shape and pass."""
-    rows = [record for record in results["times"] if "error" not in record]
+    rows = [record for record in results.get("times", []) if "error" not in record]
     for row in rows:
         same = [r for r in rows if (r["shape"], r["pass"]) == (row["shape"], row["pass"])]
         softmax_time = next(r["milliseconds"] for r in same if r["name"].startswith("softmax"))
@@ -718,7 +730,7 @@ def print_table(results: dict[str, Any]) -> None:
             + (f", host {row['host_milliseconds']:.3f} ms" if "host_milliseconds" in row else "")
             + (f" {row['share_of_copy']:.2f} of a copy" if "share_of_copy" in row else "")
         )
-    for record in results["times"]:
+    for record in results.get("times", []):
         if "error" in record:
             print(f"{record['shape']:28} {record['name']:28} failed: {record['error']}")
     for row in results.get("masked", []):
@@ -762,7 +774,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure.legend(handles, labels, fontsize=8, loc="outside right center")
     sample = rows[0]
     figure.suptitle(
-        f"{results['environment']['device']}, "
+        f"{results['environments']['times']['device']}, "
         f"{sample['heads']}/{sample['key_heads']} heads of {sample['size']}, causal"
     )
     figure.savefig(path, dpi=130)
@@ -779,6 +791,12 @@ def main() -> None:
     parser.add_argument(
         "--longest", type=int, default=65536, help="longest sequence (default 65536)"
     )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS["cuda"],
+        help="measure these only and keep the others of the JSON file (default: all)",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     parser.add_argument(
         "--output", type=Path, default=RESULTS, help="folder of the JSON file and the plot"
@@ -793,15 +811,24 @@ def main() -> None:
         return
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that PyTorch sees; use --device cpu.")
+    parts = options.parts or PARTS[options.device]
+    if unknown := sorted(set(parts) - set(PARTS[options.device])):
+        parser.error(f"--parts {' '.join(unknown)} needs --device cuda.")
     run = run_cpu if options.device == "cpu" else run_cuda
-    results = {"environment": environment(options.device, options.commit)}
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"benchmark_{options.device}.json"
+    results: dict[str, Any] = {"environments": {}}
+    if options.parts and path.exists():
+        results = json.loads(path.read_text(encoding="utf-8"))
+        results.setdefault("environments", {})
+    around = environment(options.device, options.commit)
     # What is measured is kept, should a later part fail or run out of time.
-    for part in run(options.repeats, options.longest):
-        results |= part
-        path.write_text(json.dumps(results, indent=1) + "\n")
-        plot(results, path.with_suffix(".png"))
+    for part, found in run(parts, options.repeats, options.longest):
+        results |= found
+        results["environments"][part] = around
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        if "times" in results:
+            plot(results, path.with_suffix(".png"))
     print_table(results)
     print(f"written: {path}")
 
