@@ -24,6 +24,7 @@ from hf_expressive.ops import expressive_attention, hopper, reference
 from hf_expressive.ops.functional import choose
 from hf_expressive.ops.hopper.launch import STAGES
 from hf_expressive.ops.hopper.plan import KEYS, ROWS, plan
+from hf_expressive.ops.layout import in_order_of
 from hf_expressive.ops.problem import AttentionProblem, KeyRanges
 from hf_expressive.ops.response import Response
 
@@ -213,12 +214,22 @@ def problem_of(
     return Case(name, (*sizes, size, value_size or size), dtype, magnitude, options).problem()
 
 
+def as_in_models(problem: AttentionProblem) -> AttentionProblem:
+    """The same operands as transposed views of (B, length, heads, size)."""
+    views = {
+        name: getattr(problem, name).transpose(1, 2).contiguous().transpose(1, 2)
+        for name in ("query", "key", "value")
+    }
+    return dataclasses.replace(problem, **views)
+
+
 def check(problem: AttentionProblem) -> None:
-    """Output and log normaliser within the budget."""
+    """Output and log normaliser within the budget, the output in the order of the query."""
     assert hopper.unsupported(problem) is None
     expected, expected_log, _ = reference.attention(differentiable(problem, torch.float64))
     expected, expected_log = expected.detach(), expected_log.detach()
     out, log_normalizer = hopper.forward(problem)
+    assert in_order_of(problem.query, out) is out
     assert_within_budget(out, expected, plain(problem), "out")
     seen = expected_log.isfinite()
     assert torch.equal(log_normalizer.isfinite(), seen)
@@ -236,6 +247,17 @@ def check(problem: AttentionProblem) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_matches_the_reference(name: str, size: int) -> None:
     check(problem_of(name, size))
+
+
+#: With rows and tiles that see nothing, which kernels of their own write.
+TRANSPOSED = ("causal", "half of the tiles see nothing", "square, key bias, causal")
+
+
+@needs_hopper
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_operands_may_be_transposed_views(name: str) -> None:
+    check(as_in_models(problem_of(name, 64)))
 
 
 @needs_hopper

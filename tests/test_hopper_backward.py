@@ -10,14 +10,23 @@ import sys
 import pytest
 import torch
 from gluon_machine import Deadlock, launcher
-from kernel_device import DEVICE, needs_interpreter
-from test_hopper import CASES, HOPPER, SQUARES, needs_hopper, problem_of
+from kernel_device import DEVICE, GPU, needs_interpreter
+from test_hopper import (
+    CASES,
+    HOPPER,
+    SQUARES,
+    TRANSPOSED,
+    as_in_models,
+    needs_hopper,
+    problem_of,
+)
 from test_triton import Case, differentiable, plain
 from tolerances import FACTOR, FLOOR, assert_within_budget, largest_error
 from torch import Tensor
 
 from hf_expressive.ops import hopper, reference, triton
 from hf_expressive.ops.hopper import gradient
+from hf_expressive.ops.layout import in_order_of
 from hf_expressive.ops.problem import AttentionProblem
 from hf_expressive.ops.response import Response
 
@@ -37,6 +46,8 @@ def gradients_of(problem: AttentionProblem) -> tuple[list[Tensor], list[Tensor],
         seen = out.detach().to(grad_out.dtype), log_normalizer.detach().float()
     is_biased = problem.key_bias is not None
     *found, bias = gradient.gradients(problem, *seen, grad_out, need_key_bias=is_biased)
+    for rows, like in zip(found, (problem.query, problem.key, problem.value), strict=True):
+        assert in_order_of(like, rows) is rows
     names = ["query", "key", "value"]
     if is_biased:
         assert bias is not None
@@ -98,6 +109,20 @@ def test_matches_the_reference_in_any_order_of_events(
     # With bands of one head also sums of dk and dv that query heads share.
     monkeypatch.setattr(gradient, "_BAND_BYTES", band)
     check(problem_of(name, size))
+
+
+@pytest.mark.skipif(GPU and not HOPPER, reason="the kernel runs on a Hopper GPU or a CPU")
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("is_shared", [False, True], ids=["own sums", "shared sums"])
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_operands_may_be_transposed_views(
+    name: str, is_shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not HOPPER:
+        monkeypatch.setattr(gradient, "backward_kernel", launcher("backward_kernel", 25))
+    if is_shared:
+        monkeypatch.setattr(gradient, "_BAND_BYTES", 1)
+    check(as_in_models(problem_of(name, 64)))
 
 
 def in_sweeps(size: int, monkeypatch: pytest.MonkeyPatch) -> AttentionProblem:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gluon_machine import Deadlock, launcher
 from kernel_device import needs_interpreter
-from test_hopper import CASES, check, problem_of
+from test_hopper import CASES, TRANSPOSED, as_in_models, check, problem_of
 
 from hf_expressive.ops import hopper
 from hf_expressive.ops.hopper import launch
@@ -27,12 +27,19 @@ def off_gpu(
     monkeypatch: pytest.MonkeyPatch,
     *,
     value_size: int | None = None,
+    transposed: bool = False,
     **machine: Any,
 ) -> None:
     """`check` with the kernel run by `gluon_machine`."""
     monkeypatch.setattr(launch, "forward_kernel", launcher("forward_kernel", seed, **machine))
     monkeypatch.setattr(hopper, "unsupported", lambda problem: None)
-    check(problem_of(name, size, value_size=value_size))
+    problem = problem_of(name, size, value_size=value_size)
+    check(as_in_models(problem) if transposed else problem)
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_operands_may_be_transposed_views(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    off_gpu(name, 64, 2, monkeypatch, transposed=True)
 
 
 LONG = ("one head, many tiles", "more heads than programs")

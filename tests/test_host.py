@@ -84,12 +84,13 @@ def test_descriptions_are_those_that_triton_makes(transposed: bool) -> None:
 @pytest.mark.parametrize(
     "tensor",
     [
+        torch.randn(2 * 3 * 40 * 16 + 1)[1:].view(2, 3, 40, 16),
         torch.randn(2, 3, 40, 17)[..., 1:],
         torch.randn(2, 3, 16, 40).mT,
         torch.randn(2, 1, 40, 16).expand(-1, 3, -1, -1),
         torch.randn(2, 3, 40, 6),
     ],
-    ids=["address", "last stride", "expanded", "rows of 24 bytes"],
+    ids=["address", "rows of 68 bytes", "last stride", "expanded", "rows of 24 bytes"],
 )
 def test_what_a_description_cannot_express_is_copied(tensor: Tensor) -> None:
     found = host.describe(TensorDescriptor, tensor, (1, 1, 32, 16))
