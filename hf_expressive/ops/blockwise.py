@@ -20,7 +20,8 @@ from .dropout import keep_mask
 from .layout import empty_rows
 from .problem import HIDDEN, AttentionProblem
 
-#: Scores a block, at least a tile by a tile: 2¹⁷ float32 values, half a core's level-2 cache.
+#: Scores of a block for each thread, at least a tile by a tile: 2¹⁷ float32 values, a quarter to a half
+#: of a core's level-2 cache. PyTorch deals every operation on a block out to all threads.
 _BLOCK_SCORES = 2**17
 _TILE = 256
 
@@ -129,7 +130,7 @@ class _Tiling:
     def __iter__(self) -> Iterator[tuple[slice, slice, _Band]]:
         """(batch slice, key/value head slice, band): as many pairs at once as fit a block."""
         tile_scores = min(self.num_queries * self.group, _TILE) * min(self.num_keys, _TILE)
-        pairs = max(_BLOCK_SCORES // max(tile_scores, 1), 1)
+        pairs = max(_BLOCK_SCORES * torch.get_num_threads() // max(tile_scores, 1), 1)
         heads_step = min(pairs, self.kv_heads)
         batch_step = max(pairs // self.kv_heads, 1)
         for first in range(0, self.batch, batch_step):

@@ -77,8 +77,9 @@ def expressive_attention(
         impl: see the module's docstring.
 
     Returns:
-        (batch, heads, query, value dim) in the dtype of `query`. Scores, weights and sums are
-        computed in float32, or float64 for float64 inputs.
+        (batch, heads, query, value dim) in the dtype of `query`; heads lie within positions in memory
+        where those of `query` do. Scores, weights and sums are computed in float32, or float64 for
+        float64 inputs.
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit; the message names the argument.

@@ -70,9 +70,9 @@ def is_faster(problem: AttentionProblem) -> bool:
 
     Pairs of queries and keys are counted over all batches and heads, within the sliding window. From
     2²⁷ on the Hill response took 0.71 to 0.95 of the portable kernels' time, and no more than theirs
-    with a slow host's launches (Triton 3.6, H200, `recipes/results/hopper.json`). From 2²⁴ on it takes
-    less of the GPU, but the host launches a forward pass in 1.2 to 1.5 times the time, a backward pass
-    in 0.4 to 0.9. The square response was compared from 2²⁸ on.
+    with a slow host's launches (Triton 3.6, H200, `recipes/results/hopper.json`). From 2²⁴ to 2²⁶ a
+    forward pass takes 0.9 to 1.3 of it, with half of the keys padded 1.1 to 1.4, and waits for the
+    host anyway. The square response was compared from 2²⁸ on.
     """
     batch, heads, num_queries, _ = problem.query.shape
     seen = problem.key.shape[2]

@@ -279,17 +279,13 @@ def gradients(
         starts, ends = tables.rows
         spans = new(patterns, key_tiles, 3, dtype=torch.int32)
         launch(
-            span_kernel,
-            (key_tiles, patterns),
-            seen,
-            spans,
-            count,
-            KEYS=KEYS,
-            FIELDS=FIELDS,
-            num_warps=4,
-        )
+            span_kernel, (key_tiles, patterns),
+            seen, spans, count,
+            KEYS=KEYS, FIELDS=FIELDS, num_warps=4,
+        )  # fmt: skip
     if spans is not None or first_seen >= KEYS:
-        launch(clear_kernel, (batch * key_heads, key_tiles), 
+        launch(
+            clear_kernel, (batch * key_heads, key_tiles),
             spans, grad_key, grad_value, grad_key_bias, key_heads, patterns, num_keys, first_seen,
             grad_key.stride(), grad_value.stride(),
             SIZE=size, VALUE_SIZE=value_size, KEYS=KEYS,
@@ -300,7 +296,8 @@ def gradients(
     scaled = new(batch, heads, num_queries, value_size)
     turns = new(batch * heads, count * parts, dtype=torch.int32)
     counter = new(1, dtype=torch.int32)
-    launch(prepare_kernel, (batch * heads, count * parts), 
+    launch(
+        prepare_kernel, (batch * heads, count * parts),
         out, grad_out, log_normalizer.contiguous(), levels, steady, seen,
         delta, scaled, turns, counter,
         heads, problem.group, num_queries, patterns, out.stride(), grad_out.stride(),
@@ -363,7 +360,8 @@ def gradients(
         ROOMY=roomy,
         num_warps=8,
     )
-    launch(finish_kernel, (batch * heads, count), 
+    launch(
+        finish_kernel, (batch * heads, count),
         sums, seen, grad_query, final, heads, num_queries, patterns, grad_query.stride(),
         SIZE=size, ROWS=ROWS, FIELDS=FIELDS, ROOMY=roomy,
     )  # fmt: skip

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-_ALIGNMENT = (
-    16  # bytes; what bulk copies ask of addresses and strides, and compiled kernels rely on
-)
+# Bytes; what bulk copies ask of addresses and strides, and what compiled kernels rely on.
+_ALIGNMENT = 16
 #: Compiled kernels with the values of their compile-time parameters, by kernel, device and `_property`.
 _compiled: dict[tuple[Any, ...], tuple[CompiledKernel, tuple[Any, ...]]] = {}
 # On AMD's GPUs kernels are compiled for the size of a tensor's memory, too.
@@ -34,7 +33,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
             of a hashable class of their own only.
         options: for the other parameters, all compile-time constants, and Triton's own (`num_warps`, …).
     """
-    key = (kernel, _current_device(), *map(_property, arguments), *options.values())
+    key = (kernel, _current_device(), *map(_property, arguments), *options, *options.values())
     known = _compiled.get(key)
     if known is not None:
         compiled, constants = known
