@@ -705,7 +705,9 @@ def environment(device: str, commit: str | None) -> dict[str, Any]:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         commit = done.stdout.strip() or "unknown"
-    processor = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    processor = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    if device == "cuda":
+        processor = torch.cuda.get_device_name()
     return {
         "device": processor,
         "threads": torch.get_num_threads(),
