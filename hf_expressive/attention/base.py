@@ -170,7 +170,7 @@ class Mechanism(nn.Module, ABC):
         if self.softmax_heads == heads:
             return softmax_out, softmax_weights
         out, weights = self.evaluate(call.heads(ours), ours)
-        # Joined as positions of heads, the order in which models go on.
+        # Heads within positions: the order in which models go on.
         parts = (softmax_out.transpose(1, 2), out.transpose(1, 2))
         out = torch.cat(parts, dim=2).transpose(1, 2)
         if weights is not None and softmax_weights is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..problem import AttentionProblem
 from ..triton.host import launch
-from ..triton.launch import element_strides, key_runs, shown_keys
+from ..triton.launch import ceil_div, element_strides, key_runs, shown_keys
 from ..triton.tiles import store_rows
 
 #: Queries of a tile; its two halves belong to one consumer each.
@@ -164,7 +164,7 @@ def plan(problem: AttentionProblem) -> Plan:
     if (keys := shown_keys(problem)) is not None:
         runs = key_runs(keys)
         patterns = max(patterns, runs.shape[0])
-    count = triton.cdiv(num_queries, ROWS)
+    count = ceil_div(num_queries, ROWS)
     new = problem.query.new_empty
     rows = new(2, patterns, count * ROWS, dtype=torch.int32)
     tiles = new(patterns, count, FIELDS, dtype=torch.int32)

@@ -37,10 +37,15 @@ from .operations import (
     store_tile,
     unsigned,
 )
-from .plan import FIELDS
-from .work import band_of, entries_of, place_in_bands, seen_by_all, seen_by_any
+from .work import (
+    band_of,
+    count_seen_by_all,
+    entries_of,
+    place_in_bands,
+    seen_by_all,
+    seen_by_any,
+)
 
-_FIELDS = gl.constexpr(FIELDS)
 _LN_2 = gl.constexpr(0.6931471805599453)
 _LOG2_E = gl.constexpr(1.4426950408889634)
 # Below the smallest normal number a row sum counts as zero, as in the reference.
@@ -152,7 +157,7 @@ def visibility(
         end = gl.load(bounds + (patterns + pattern) * (tiles * 2 * HALF) + query)
     count = 0
     if keys is not None:
-        count = gl.load(entries + tile * _FIELDS + (6 + half))
+        count = count_seen_by_all(2 * tile + half, entries)
     return inner_start, inner_end, start, end, count
 
 

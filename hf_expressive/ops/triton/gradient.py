@@ -102,10 +102,7 @@ def prepare_kernel(
     terms,
     sizes,
     scale,
-    grad_batch,
-    grad_head,
-    grad_query,
-    grad_size,
+    grad_strides,
     out_strides,
     VALUE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -130,8 +127,10 @@ def prepare_kernel(
     size = tl.arange(0, BLOCK_E)
     inside = (query < sizes.queries)[:, None] & (size < VALUE_SIZE)[None, :]
     row = tl.program_id(0).to(tl.int64) * sizes.queries + query
-    place = row_place(batch, head, query[:, None], grad_batch, grad_head, grad_query)
-    place += size[None, :] * grad_size
+    place = row_place(
+        batch, head, query[:, None], grad_strides[0], grad_strides[1], grad_strides[2]
+    )
+    place += size[None, :] * grad_strides[3]
     gradient = tl.load(grad_out + place, mask=inside, other=0.0).to(tl.float32)
     place = row_place(batch, head, query[:, None], out_strides[0], out_strides[1], out_strides[2])
     value = tl.load(out + place + size[None, :], mask=inside, other=0.0)
@@ -186,7 +185,7 @@ def prepare(
         call.terms,
         call.sizes,
         problem.scale,
-        *grad_out.stride(),
+        grad_out.stride(),
         out.stride(),
         VALUE_SIZE=call.value_size,
         BLOCK_M=rows,
