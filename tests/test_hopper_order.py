@@ -42,6 +42,19 @@ def test_operands_may_be_transposed_views(name: str, monkeypatch: pytest.MonkeyP
     off_gpu(name, 64, 2, monkeypatch, transposed=True)
 
 
+def test_a_row_to_which_a_mask_leaves_one_key_gets_its_value(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the last bit, as where bounds leave one; the keys beyond are many, but not for these rows."""
+    monkeypatch.setattr(launch, "forward_kernel", launcher("forward_kernel", 4))
+    problem = problem_of("hidden keys", 64)
+    shown = (torch.arange(300) == 3) | (torch.arange(300) >= 200)
+    ranges = dataclasses.replace(problem.ranges, keys=shown[None])
+    out, _ = launch.forward(dataclasses.replace(problem, ranges=ranges))
+    values = problem.value[:, :, 3:4].repeat_interleave(problem.group, dim=1)
+    assert torch.equal(out[:, :, 3:200], values.expand(-1, -1, 197, -1))
+
+
 LONG = ("one head, many tiles", "more heads than programs")
 
 
