@@ -11,7 +11,7 @@
 * `PreTrainedModel.from_pretrained` and `_from_config` look at the finished model; the second takes the
   keyword `hf_expressive` (the first does already, through the config).
 * `masking_utils._preprocess_mask_arguments` hands positions to the mask function where it would hide
-  the pattern behind them (see `masking.mark_positions`).
+  the pattern behind them (see `masking.mark_positions`), and says that it has looked at them.
 * `ContinuousBatchingManager.switch_to_cb_friendly_attn` leaves a mechanism alone, where Transformers
   refuses every name but its own and swaps others for flash attention.
 * `PreTrainedModel.save_pretrained` writes beside the target and renames; `push_to_hub` publishes with
@@ -53,7 +53,7 @@ from .discovery import (
     attention_modules,
     computes_own_attention,
 )
-from .masking import mark_positions
+from .masking import mark_positions, remember_unbroken
 from .registry import MECHANISMS, options_of
 
 _INSTALLED = "_hf_expressive_installed"
@@ -404,9 +404,11 @@ def _preprocess_mask_arguments(
     early_exit, mask, packed, *sizes = original(
         config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs
     )
-    if (
-        torch.compiler.is_compiling()
-        and config._attn_implementation in MECHANISMS
+    if not torch.compiler.is_compiling():
+        looked = not early_exit and attention_mask is None and past_key_values is None
+        remember_unbroken(position_ids if looked and packed is None else None)
+    elif (
+        config._attn_implementation in MECHANISMS
         and position_ids is not None
         and position_ids.dim() == 2
         and attention_mask is None

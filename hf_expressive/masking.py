@@ -19,7 +19,9 @@ others have to be looked at to be recognised.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -40,6 +42,10 @@ _LOGICAL_MASKS = {"nemotron_asr_streaming_encoder"}
 #: Entries of a pattern that are looked at together when it is recognised (bool, so bytes).
 _PROBE_ENTRIES = 2**24
 
+
+# Positions in which Transformers found no second sequence; `None` where it did not look, or found one.
+# It looks before each mask that it makes, and the host has to wait for the device to answer.
+_unbroken: ContextVar[weakref.ref[Tensor] | None] = ContextVar("_unbroken", default=None)
 
 #: What a mask says without looking at data: everything visible, or the last query at the last key.
 Pattern = Literal["full", "causal"]
@@ -256,7 +262,20 @@ def compact_mask(
     ranges = KeyRanges(start.to(torch.int32), end.to(torch.int32), keys)
     if packed is not None:
         ranges, pattern = intersect(ranges, packed), None
-    return CompactMask(ranges, batch_size, kv_length, dtype, pattern, is_padded=is_padded)
+    mask = CompactMask(ranges, batch_size, kv_length, dtype, pattern, is_padded=is_padded)
+    if not tracing and (known := _unbroken.get()) is not None:
+        positions = known()
+        mask.packing = None if positions is None else (positions, None)
+    return mask
+
+
+def remember_unbroken(position_ids: Tensor | None) -> None:
+    """Spares the next masks a look at positions that have been looked at.
+
+    Args:
+        position_ids: (batch or 1, query), each one more than the one before; `None` to forget.
+    """
+    _unbroken.set(None if position_ids is None else weakref.ref(position_ids))
 
 
 def mark_positions(position_ids: Tensor, batch_size: int, *, is_packed: bool) -> Tensor:

@@ -176,7 +176,8 @@ def attend(
     Raises:
         ValueError, NotImplementedError: as `expressive_attention`.
     """
-    query, key, value = (_autocast(tensor) for tensor in (query, key, value))
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = (_autocast(tensor) for tensor in (query, key, value))
     problem = _problem(
         query,
         key,
@@ -334,10 +335,9 @@ def _problem(
 
 def _autocast(tensor: Tensor) -> Tensor:
     """Operands as a stock attention function gets them under autocast; float64 is left alone."""
-    device = tensor.device.type
-    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+    if tensor.dtype == torch.float64 or not tensor.is_floating_point():
         return tensor
-    return tensor.to(torch.get_autocast_dtype(device)) if tensor.is_floating_point() else tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _compute_dtype(query: Tensor) -> torch.dtype:

@@ -230,16 +230,18 @@ def _backward_fake(
 _backward = operator("attention_backward", _compute_backward, _backward_fake)
 
 
-def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:12], *output)
-    ctx.options = inputs[12:]
+def _save(
+    ctx: Any, tensors: Sequence[Any], options: Sequence[Any], output: tuple[Tensor, Tensor]
+) -> None:
+    ctx.save_for_backward(*tensors, *output)
+    ctx.options = options
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, out, log_normalizer = ctx.saved_tensors
     query, gain, sinks = tensors[0], tensors[3], tensors[10]
-    needs = ctx.needs_input_grad
+    needs = ctx.needs_input_grad[2:]
     grad_query, grad_key, grad_value, grad_key_bias, grad_bias = _backward(
         grad_out, out, log_normalizer, *tensors, *ctx.options, needs[4], needs[5]
     )
@@ -260,8 +262,7 @@ def _gradients(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ..
         *(grad_query, grad_key, grad_value, grad_gain),
         grad_key_bias if needs[4] else None,
         grad_bias if needs[5] else None,
-        *(None, None, None, None, grad_sinks),
-        *([None] * 10),
+        *(None, None, None, None, grad_sinks, None),
     )
 
 

@@ -4,7 +4,7 @@
 With the two dozen arguments of attention that took 0.2 to 1 ms (PyTorch 2.11), longer than the kernels
 of a small layer. Here the schema is read once; and where nothing looks on, no compiler, no mode, no
 transform, no tensor of another class, the dispatcher, which translates the arguments four times, is
-passed by.
+passed by, and on a GPU a call that looks like earlier ones is repeated from memory (`recording`).
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._library.custom_ops import get_library_allowing_overwrite
 from torch.autograd import forward_ad
+
+from .recording import Replayed
 
 #: Of the operators' names. A copy of these files in a kernel repository has another, so that both can be
 #: loaded in one process.
 _NAMESPACE = __name__.partition(".")[0]
-#: Of an operator's inputs where none is a tensor of another class.
-_PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None), str, int, float, bool}
+#: Of an operator's tensors where none is of another class.
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def operator(
@@ -29,18 +33,20 @@ def operator(
     compute: Callable[..., Any],
     fake: Callable[..., Any],
     *,
-    save: Callable[[Any, Sequence[Any], Any], None] | None = None,
+    save: Callable[[Any, Sequence[Any], Sequence[Any], Any], None] | None = None,
     gradients: Callable[..., Any] | None = None,
 ) -> Any:
     """Registers `compute`, whose annotations give the schema, for every device.
 
     Args:
         name: of the operator.
-        compute: takes positional arguments without defaults, the first a tensor on whose device it runs,
-            writes to none and returns new tensors.
+        compute: takes positional arguments without defaults: tensors, the first on the device where it
+            runs, then options. Writes to none and returns new tensors. What it does depends on the
+            options and on how its tensors look, not on what is in them.
         fake: the same with tensors that have a shape only.
-        save: save(context, inputs, output) keeps what the gradients need; `None` if there are none.
-        gradients: gradients(context, *grad_outputs) returns one for each input, or `None` in its place.
+        save: save(context, tensors, options, output) keeps what the gradients need; `None` if there
+            are none.
+        gradients: gradients(context, *grad_outputs) returns one for each tensor, or `None` in its place.
 
     Returns:
         The operator, or what comes to the same without the dispatcher; called like `compute`.
@@ -55,49 +61,74 @@ def operator(
         with torch.cuda.device_of(inputs[0]):
             return compute(*inputs)
 
+    def evaluated(tensors: Sequence[Any], options: Sequence[Any]) -> Any:
+        return on_device(*tensors, *options)
+
     # Called from a frame that `torch.compile` gave up on, they would be compiled piece by piece.
     library.impl(name, torch.compiler.disable(on_device), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=library)
     overload = getattr(getattr(torch.ops, _NAMESPACE), name).default
+    count = sum("Tensor" in str(argument.type) for argument in overload._schema.arguments)
 
-    def below_autograd(keyset: Any, *inputs: Any) -> Any:
+    def below_autograd(keyset: Any, tensors: Sequence[Any], options: Sequence[Any]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+            below = keyset & torch._C._after_autograd_keyset
+            return overload.redispatch(below, *tensors, *options)
 
     run = _differentiable(name, save, gradients)
 
     def registered(keyset: Any, *inputs: Any) -> Any:
-        return run(functools.partial(below_autograd, keyset), *inputs)
+        return run(functools.partial(below_autograd, keyset), inputs[:count], inputs[count:])
 
     library.impl(name, torch.compiler.disable(registered), "Autograd", with_keyset=True)
 
-    alone = torch.compiler.disable(functools.partial(run, on_device))
+    repeated = Replayed(compute, _settings)
+
+    def on_gpu(tensors: Sequence[Any], options: Sequence[Any]) -> Any:
+        if tensors[0].get_device() == torch.cuda.current_device():
+            return repeated(tensors, options)
+        with torch.cuda.device_of(tensors[0]):
+            return repeated(tensors, options)
+
+    def alone(tensors: Sequence[Any], options: Sequence[Any]) -> Any:
+        return run(on_gpu if tensors[0].is_cuda else evaluated, tensors, options)
+
+    uncompiled = torch.compiler.disable(alone)
 
     def call(*inputs: Any) -> Any:
-        return alone(*inputs) if _is_unobserved(inputs) else overload(*inputs)
+        tensors = inputs[:count]
+        if not _is_unobserved(tensors):
+            return overload(*inputs)
+        # `disable` costs a few microseconds also where no compiler is at work.
+        direct = alone if get_eval_frame_callback() is None else uncompiled
+        return direct(tensors, inputs[count:])
 
     return call
 
 
-def _is_unobserved(inputs: Sequence[Any]) -> bool:
+def _settings() -> Any:
+    """What implementations look at besides their arguments."""
+    return torch.backends.cuda.matmul.allow_tf32
+
+
+def _is_unobserved(tensors: Sequence[Any]) -> bool:
     """Whether the dispatcher would do no more than call the function."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and {type(value) for value in inputs} <= _PLAIN_TYPES
+        and {type(value) for value in tensors} <= _PLAIN_TYPES
     )
 
 
 def _differentiable(name: str, save: Any, gradients: Any) -> Callable[..., Any]:
-    """run(function, *inputs): the function's value, with the operator's gradients where wanted."""
+    """run(function, tensors, options): function(tensors, options), with gradients where wanted."""
 
-    def forward(ctx: Any, *inputs_and_function: Any) -> Any:
-        *inputs, function = inputs_and_function
-        output = function(*inputs)
+    def forward(ctx: Any, function: Any, options: Sequence[Any], *tensors: Any) -> Any:
+        output = function(tensors, options)
         if save is not None:
-            save(ctx, inputs, output)
+            save(ctx, tensors, options, output)
         return output
 
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -106,22 +137,22 @@ def _differentiable(name: str, save: Any, gradients: Any) -> Callable[..., Any]:
                 f"no autograd formula is registered for {name}: it is itself the gradient of an "
                 'operator. For second derivatives use impl="reference".'
             )
-        return *gradients(ctx, *grads), None
+        return None, None, *gradients(ctx, *grads)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     tracked: Any = type(name, (torch.autograd.Function,), methods)
 
-    def run(function: Callable[..., Any], *inputs: Any) -> Any:
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
+    def run(function: Callable[..., Any], tensors: Sequence[Any], options: Sequence[Any]) -> Any:
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
             raise NotImplementedError(
                 f'{name} has no forward-mode derivative; use impl="reference" for it.'
             )
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return tracked.apply(*inputs, function)
-        return function(*inputs)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+            return tracked.apply(function, options, *tensors)
+        return function(tensors, options)
 
     return run
 
 
 def _has_tangent(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None

@@ -118,15 +118,17 @@ def _backward_fake(
 _backward = operator("features_backward", _compute_backward, _backward_fake)
 
 
-def _save(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.factor = inputs[2]
+def _save(ctx: Any, tensors: Sequence[Any], options: Sequence[Any], output: Tensor) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.options = options
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    needs = ctx.needs_input_grad
-    grad_x, grad_frequencies = _backward(grad, *ctx.saved_tensors, ctx.factor, needs[0], needs[1])
-    return grad_x if needs[0] else None, grad_frequencies if needs[1] else None, None
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    need_x, need_frequencies = ctx.needs_input_grad[2:]
+    grad_x, grad_frequencies = _backward(
+        grad, *ctx.saved_tensors, *ctx.options, need_x, need_frequencies
+    )
+    return grad_x if need_x else None, grad_frequencies if need_frequencies else None
 
 
 _forward = operator("features_forward", _compute, _forward_fake, save=_save, gradients=_gradients)

@@ -7,13 +7,15 @@ arguments: two calls that agree in them run the same compiled kernel.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
+
+from ..recording import current
 
 # Bytes; what bulk copies ask of addresses and strides, and what compiled kernels rely on.
 _ALIGNMENT = 16
@@ -33,17 +35,34 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
             of a hashable class of their own only.
         options: for the other parameters, all compile-time constants, and Triton's own (`num_warps`, …).
     """
+    recording = current()
+    if recording is None:
+        _launch(kernel, grid, arguments, options)
+    else:
+        with recording.paused():
+            run, given = _launch(kernel, grid, arguments, options)
+        recording.launched(run, given)
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Launches, and returns what does it again: a function and its arguments."""
     key = (kernel, _current_device(), *map(_property, arguments), *options, *options.values())
     known = _compiled.get(key)
     if known is not None:
         compiled, constants = known
-        compiled[(*grid, 1, 1)](*arguments, *constants)
-        return
-    compiled = kernel[grid](*arguments, **options)
+        run = compiled[(*grid, 1, 1)]
+        arguments = (*arguments, *constants)
+        run(*arguments)
+        return run, arguments
+    run = functools.partial(kernel[grid], **options)
+    compiled = run(*arguments)
     # What is interpreted, or emulated by a test, is none.
     if _REMEMBERS and isinstance(compiled, CompiledKernel):
         names = kernel.arg_names[len(arguments) :]
         _compiled[key] = compiled, tuple(options[name] for name in names)
+    return run, arguments
 
 
 def _current_device() -> int:
@@ -71,7 +90,7 @@ def _property(argument: Any) -> Any:
     return getattr(argument, "property", argument)
 
 
-@lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096)
 def _fields(
     kind: type,
     dtype: torch.dtype,

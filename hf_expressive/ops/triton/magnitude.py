@@ -65,15 +65,15 @@ def _backward_fake(
 _backward = operator("magnitude_backward", _compute_backward, _backward_fake)
 
 
-def _save(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.options = inputs[2:]
+def _save(ctx: Any, tensors: Sequence[Any], options: Sequence[Any], output: Tensor) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.options = options
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, exponents = ctx.saved_tensors
     grad_x, grad_exponents = _backward(grad, x, exponents, *ctx.options)
-    return grad_x, None if exponents is None else grad_exponents, None, None
+    return grad_x, None if exponents is None else grad_exponents
 
 
 _forward = operator("magnitude_forward", _compute, _forward_fake, save=_save, gradients=_gradients)

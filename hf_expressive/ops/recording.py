@@ -1,0 +1,257 @@
+"""Calls that do nothing but allocate tensors and launch kernels, done again from memory.
+
+Which kernels a call launches, with which grids and numbers, follows from its options and from the
+shapes, strides and types of its tensors. A training step asks the same of every layer, and working it
+out takes the host longer than small kernels take the GPU. So the second of two calls that look alike is
+recorded, and those after it repeat what was recorded with tensors of their own.
+
+A call is repeated only if the recording saw all that it did: allocations, views, and launches through
+`ops.triton.host.launch`. One that runs other operations of PyTorch, reads a number from the device or
+keeps a tensor for later is evaluated every time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+# Bytes; what kernels are compiled for, see `ops.triton.host`.
+_ALIGNMENT = 16
+# Remembered calls of a function; with so many kinds of calls none is likely to come again.
+_MOST_CALLS = 1024
+_aten = torch.ops.aten
+_EMPTY = {
+    _aten.empty.memory_format,
+    _aten.empty_like.default,
+    _aten.empty_strided.default,
+    _aten.new_empty.default,
+}
+_ZEROS = {_aten.zeros.default, _aten.new_zeros.default}
+# They compute nothing; what they return is told by its address.
+_VIEWS = {
+    _aten.view.default,
+    _aten.view.dtype,
+    _aten.detach.default,
+    _aten.transpose.int,
+    _aten.unsqueeze.default,
+    _aten.expand.default,
+    _aten.slice.Tensor,
+    _aten.select.int,
+}
+_ZEROS_AT_ONCE = 1024
+_zeros: dict[Any, list[Tensor]] = {}
+_thread = threading.local()
+
+
+def current() -> Recording | None:
+    """The recording that this thread is making."""
+    return getattr(_thread, "recording", None)
+
+
+class Replayed:
+    """A function of tensors and options that is repeated from memory where that is possible.
+
+    Args:
+        function: function(*tensors, *options) returns new tensors, one or a tuple. What it does depends
+            on the options, on what the tensors look like and on `state` alone.
+        state: whatever else it looks at; hashable.
+    """
+
+    def __init__(self, function: Callable[..., Any], state: Callable[[], Any]) -> None:
+        self._function = function
+        self._state = state
+        # Key: what the call looks like. Value: `None` if it cannot be repeated.
+        self._calls: dict[Any, Any] = {}
+        self._seen: set[Any] = set()
+
+    def __call__(self, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
+        key: list[Any] = [self._state(), options]
+        for tensor in tensors:
+            if tensor is None:
+                key.append(None)
+            else:
+                is_aligned = tensor.data_ptr() % _ALIGNMENT == 0
+                looks = (
+                    tensor.shape,
+                    tensor.stride(),
+                    tensor.dtype,
+                    tensor.get_device(),
+                    is_aligned,
+                )
+                key.append(looks)
+        call = tuple(key)
+        repeat = self._calls.get(call, self)
+        if repeat is None:
+            return self._function(*tensors, *options)
+        if repeat is not self:
+            return repeat(tensors)
+        if call not in self._seen:
+            if len(self._seen) >= _MOST_CALLS:
+                self.forget()
+            self._seen.add(call)
+            return self._function(*tensors, *options)
+        with Recording(tensors) as recording:
+            outputs = self._function(*tensors, *options)
+        self._calls[call] = recording.call(outputs)
+        return outputs
+
+    def forget(self) -> None:
+        """Evaluates all calls anew."""
+        self._seen.clear()
+        self._calls.clear()
+
+
+class Recording(TorchDispatchMode):
+    """What happens between entering and leaving it.
+
+    Args:
+        inputs: the tensors that the recorded call is given.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor | None]) -> None:
+        super().__init__()
+        self._is_whole = True
+        self._allocations: list[tuple[Any, ...]] = []
+        self._launches: list[tuple[Callable[..., Any], list[Any], list[tuple[Any, ...]]]] = []
+        # Kept to the end, so that no two of them have the same address.
+        self._tensors: list[Tensor | None] = []
+        self._slots: dict[int, int] = {}
+        for tensor in inputs:
+            if tensor is None:
+                self._tensors.append(None)
+            else:
+                self._add(tensor)
+
+    def __enter__(self) -> Recording:
+        _thread.recording = self
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        _thread.recording = None
+        super().__exit__(*exception)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _EMPTY or func in _ZEROS:
+            made: tuple[Any, ...] = (torch.empty_strided, (result.shape, result.stride()))
+            if func in _ZEROS:
+                made = (_zero if result.numel() == 1 else torch.zeros), (result.shape,)
+            self._allocations.append((*made, result.dtype, result.device))
+            self._add(result)
+        elif func not in _VIEWS:
+            self._is_whole = False
+        return result
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is recorded meanwhile."""
+        _thread.recording = None
+        with _disable_current_modes():
+            yield
+        _thread.recording = self
+
+    def launched(self, run: Callable[..., Any], arguments: Sequence[Any]) -> None:
+        """run(*arguments) has been launched."""
+        constants = list(arguments)
+        places: list[tuple[Any, ...]] = []
+        for place, argument in enumerate(arguments):
+            if isinstance(argument, Tensor):
+                constants[place] = None
+                places.append((place, self._slot(argument), None, None))
+            elif isinstance(base := getattr(argument, "base", None), Tensor):
+                constants[place] = None
+                fields = vars(argument) | {"base": None}
+                places.append((place, self._slot(base), type(argument), fields))
+            elif isinstance(argument, tuple):
+                slots = [
+                    (index, self._slot(part))
+                    for index, part in enumerate(argument)
+                    if isinstance(part, Tensor)
+                ]
+                if slots:
+                    parts = [None if isinstance(part, Tensor) else part for part in argument]
+                    constants[place] = None
+                    places.append((place, slots, getattr(argument, "_make", tuple), parts))
+        self._launches.append((run, constants, places))
+
+    def call(self, outputs: Tensor | tuple[Tensor, ...]) -> Callable[[Sequence[Any]], Any] | None:
+        """Repeats with other tensors what was recorded; `None` if that was not everything.
+
+        Args:
+            outputs: what the call returned.
+        """
+        is_single = isinstance(outputs, Tensor)
+        slots = {_layout(x): slot for slot, x in enumerate(self._tensors) if x is not None}
+        wanted = (outputs,) if isinstance(outputs, Tensor) else outputs
+        returned = [slots.get(_layout(tensor), -1) for tensor in wanted]
+        if not self._is_whole or -1 in returned:
+            return None
+        allocations, launches = self._allocations, self._launches
+
+        def repeat(inputs: Sequence[Any]) -> Any:
+            tensors = [*inputs]
+            for make, sizes, dtype, device in allocations:
+                tensors.append(make(*sizes, dtype=dtype, device=device))
+            for run, constants, places in launches:
+                arguments = constants.copy()
+                for place, slot, kind, fields in places:
+                    if kind is None:
+                        arguments[place] = tensors[slot]
+                    elif type(slot) is int:
+                        described: Any = object.__new__(kind)
+                        described.__dict__.update(fields)
+                        described.base = tensors[slot]
+                        arguments[place] = described
+                    else:
+                        parts = fields.copy()
+                        for index, part in slot:
+                            parts[index] = tensors[part]
+                        arguments[place] = kind(parts)
+                run(*arguments)
+            return tensors[returned[0]] if is_single else tuple([tensors[i] for i in returned])
+
+        return repeat
+
+    def _add(self, tensor: Tensor) -> None:
+        address = tensor.data_ptr()
+        # Two inputs at one place are not told apart.
+        if address in self._slots:
+            self._is_whole = False
+        if tensor.numel() > 0:
+            self._slots[address] = len(self._tensors)
+        self._tensors.append(tensor)
+
+    def _slot(self, tensor: Tensor) -> int:
+        slot = self._slots.get(tensor.data_ptr())
+        if slot is None:
+            self._is_whole = False
+            return 0
+        return slot
+
+
+def _zero(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of one zero. Many are cleared at once, on the stream that they are used on."""
+    # A graph clears its own each time that it runs.
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(shape, dtype=dtype, device=device)
+    kind = (torch._C._cuda_getCurrentRawStream(device.index), shape, dtype, device)
+    try:
+        return _zeros[kind].pop()
+    except (KeyError, IndexError):
+        # In rows, for the sake of the addresses.
+        rows = torch.zeros(_ZEROS_AT_ONCE, _ALIGNMENT, dtype=dtype, device=device)
+        _zeros[kind] = [*rows[:, :1].reshape(-1, *shape).unbind()]
+        return _zeros[kind].pop()
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

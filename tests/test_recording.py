@@ -1,0 +1,328 @@
+"""Calls repeated from memory: the same bits as calls that are evaluated, and only where that is sure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kernel_device import DEVICE, needs_gpu
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_expressive.ops import expressive_attention, library
+from hf_expressive.ops.recording import Replayed, current
+from hf_expressive.ops.triton import host
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+BATCH, HEADS, KEY_HEADS, LENGTH, SIZE = 1, 2, 1, 40, 16
+
+
+class Counted:
+    """A function that counts how often it is evaluated."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.calls = function, 0
+
+    def __call__(self, *inputs: Any) -> Any:
+        self.calls += 1
+        return self.function(*inputs)
+
+
+def repeated(function: Callable[..., Any]) -> tuple[Callable[..., Any], Counted]:
+    """The function, called as before but repeated where possible, and the count of its evaluations."""
+    counted = Counted(function)
+    memory = Replayed(counted, lambda: None)
+
+    def call(*inputs: Any) -> Any:
+        tensors = [value for value in inputs if value is None or isinstance(value, Tensor)]
+        return memory(tensors, inputs[len(tensors) :])
+
+    return call, counted
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE)
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    """Fresh arguments of the forward operator, in its order."""
+    shown = torch.rand(BATCH, LENGTH, device=DEVICE) < 0.7
+    end = torch.arange(1, LENGTH + 1, device=DEVICE, dtype=torch.int32)[None]
+    known = {
+        "gain": lambda: random(HEADS).exp(),
+        "key_bias": lambda: random(BATCH, KEY_HEADS, LENGTH),
+        "bias": lambda: random(1, HEADS, LENGTH, LENGTH),
+        "mask": lambda: random(BATCH, 1, LENGTH, LENGTH) > 0,
+        "start": lambda: torch.zeros_like(end),
+        "end": lambda: end,
+        "keys": lambda: shown,
+        "sinks": lambda: random(1, HEADS, 1),
+        "seed": lambda: torch.randint(2**40, (1,), device=DEVICE),
+    }
+    wanted = changes.pop("tensors", ())
+    return {
+        "query": random(BATCH, HEADS, LENGTH, SIZE),
+        "key": random(BATCH, KEY_HEADS, LENGTH, SIZE),
+        "value": random(BATCH, KEY_HEADS, LENGTH, SIZE),
+        **{name: make() if name in wanted else None for name, make in known.items()},
+        "kind": "hill",
+        "power": 1.0,
+        "epsilon": 0.0,
+        "scale": 0.25,
+        "is_causal": True,
+        "sliding_window": -1,
+        "softcap": 0.0,
+        "dropout": 0.0,
+        "impl": "triton",
+        **changes,
+    }
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "power 2, window": {"power": 2.0, "sliding_window": 20},
+    "gain and sinks": {"tensors": ("gain", "sinks")},
+    "bias, softcap": {"tensors": ("bias",), "softcap": 3.0},
+    "mask": {"tensors": ("mask",), "is_causal": False},
+    "ranges": {"tensors": ("start", "end"), "is_causal": False},
+    "keys": {"tensors": ("start", "end", "keys"), "is_causal": False},
+    "dropout": {"tensors": ("seed",), "dropout": 0.3},
+    "one query": {"query": lambda: random(BATCH, HEADS, 1, SIZE)},
+}
+#: They run operations of PyTorch: the first asks for the largest bias of a head.
+EVALUATED: dict[str, dict[str, Any]] = {
+    "key bias": {"tensors": ("key_bias",), "kind": "square", "epsilon": 0.1},
+    "blockwise": {"impl": "blockwise"},
+}
+
+
+def fresh(case: dict[str, Any]) -> list[Any]:
+    made = arguments(**case)
+    return [value() if callable(value) else value for value in made.values()]
+
+
+def equal(found: Any, wanted: Any) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", [*CASES, *EVALUATED])
+def test_repeated_calls_give_the_bits_of_evaluated_ones(name: str) -> None:
+    case = (CASES | EVALUATED)[name]
+    forward, forwards = repeated(library._compute)
+    backward, backwards = repeated(library._compute_backward)
+    for _ in range(5):
+        given = fresh(case)
+        out, log_normalizer = forward(*given)
+        assert equal((out, log_normalizer), library._compute(*given))
+        grad = torch.randn_like(out)
+        wanted = (given[4] is not None, given[5] is not None)
+        given = [grad, out, log_normalizer, *given, *wanted]
+        assert equal(backward(*given), library._compute_backward(*given))
+    calls = 2 if name in CASES else 5
+    assert (forwards.calls, backwards.calls) == (calls, calls)
+
+
+def test_what_looks_different_is_not_a_repetition() -> None:
+    forward, forwards = repeated(library._compute)
+    shapes: list[dict[str, Any]] = [
+        {},
+        {"scale": 0.5},
+        {"is_causal": False},
+        {"tensors": ("gain",)},
+        {"query": lambda: random(BATCH, HEADS, LENGTH + 1, SIZE)},
+        {"query": lambda: random(BATCH, LENGTH, HEADS, SIZE).transpose(1, 2)},
+        {"key": lambda: random(BATCH, KEY_HEADS, LENGTH, SIZE + 4)[..., :SIZE]},
+    ]
+    for turn in range(4):
+        for number, case in enumerate(shapes):
+            given = fresh(case)
+            assert equal(forward(*given), library._compute(*given))
+            assert forwards.calls == min(turn, 2) * len(shapes) + (number + 1 if turn < 2 else 0)
+
+
+def test_addresses_that_kernels_are_not_compiled_for_are_evaluated() -> None:
+    """The same shapes and strides at another address, whose operand is copied first."""
+    forward, forwards = repeated(library._compute)
+    size = BATCH * HEADS * LENGTH * SIZE
+    for calls in (1, 2, 2, 3, 4, 5):
+        query = random(size + 1)[1 if calls > 2 else 0 :][:size].view(BATCH, HEADS, LENGTH, SIZE)
+        given = fresh({"query": query})
+        assert equal(forward(*given), library._compute(*given))
+        assert forwards.calls == calls
+
+
+def test_tensors_at_one_place_are_not_mixed_up() -> None:
+    """A recording cannot tell which of two equal operands a kernel was given."""
+    forward, forwards = repeated(library._compute)
+    for turn in range(4):
+        given = fresh({})
+        if turn < 2:
+            given[2] = given[1]
+        assert equal(forward(*given), library._compute(*given))
+    assert forwards.calls == 4
+
+
+def test_what_a_function_keeps_or_looks_up_is_evaluated() -> None:
+    kept = random(4)
+
+    def from_elsewhere(x: Tensor) -> Tensor:
+        found = torch.empty_strided((4,), (1,), device=x.device)
+        host.launch(Copied(), (1,), kept, found)
+        return found
+
+    def of_contents(x: Tensor) -> Tensor:
+        return x.new_zeros(int(x[0]))
+
+    for function in (from_elsewhere, of_contents):
+        forward, evaluated = repeated(function)
+        for size in (1.0, 2.0, 3.0, 4.0):
+            x = torch.full((4,), size, device=DEVICE)
+            assert torch.equal(forward(x), function(x))
+        assert evaluated.calls == 4
+
+
+class Copied:
+    """Stands for a kernel, which knows of a tensor where it starts: copies the first to the second."""
+
+    arg_names = ("source", "target")
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def run(source: Tensor, target: Tensor) -> None:
+            target.view(-1)[: source.numel()].copy_(source)
+
+        return run
+
+
+def test_single_tensors_and_zeros_are_repeated() -> None:
+    def function(x: Tensor) -> Tensor:
+        zeros = x.new_zeros(2, 4)
+        host.launch(Copied(), (1,), x, zeros[0])
+        return zeros
+
+    forward, evaluated = repeated(function)
+    for _ in range(4):
+        x = random(4)
+        assert torch.equal(forward(x), torch.stack([x, torch.zeros_like(x)]))
+    assert evaluated.calls == 2
+
+
+def test_an_error_ends_a_recording() -> None:
+    def function(x: Tensor) -> Tensor:
+        if evaluated.calls == 2:
+            raise ValueError("the second call fails")
+        return x.new_zeros(3)
+
+    forward, evaluated = repeated(function)
+    forward(random(1))
+    with pytest.raises(ValueError, match="second call"):
+        forward(random(1))
+    assert current() is None
+    for _ in range(3):
+        assert torch.equal(forward(random(1)), torch.zeros(3, device=DEVICE))
+    assert evaluated.calls == 3
+
+
+def test_settings_count() -> None:
+    settings = [False]
+    counted = Counted(lambda x: x.new_zeros(2))
+    forward = Replayed(counted, lambda: settings[0])
+    for wanted in (1, 2, 2):
+        forward([random(1)], ())
+        assert counted.calls == wanted
+    settings[0] = True
+    forward([random(1)], ())
+    assert counted.calls == 3
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_expressive.ops.recording._MOST_CALLS", 8)
+    forward = Replayed(lambda x: x.new_zeros(2), lambda: None)
+    for length in range(1, 30):
+        for _ in range(3):
+            forward([random(length)], ())
+        assert len(forward._seen) <= 8
+        assert len(forward._calls) <= 8
+
+
+class Watched(TorchDispatchMode):
+    """Where it looks on, calls are evaluated."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@needs_gpu
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+@pytest.mark.parametrize("kv_heads", [16, 4])
+def test_training_steps_repeat_on_a_gpu(
+    impl: Any, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another stream and as a CUDA graph, too; `auto` is the Hopper path."""
+    repeats = []
+    call = Replayed.__call__
+    monkeypatch.setattr(
+        Replayed,
+        "__call__",
+        lambda self, tensors, options: (
+            repeats.append(any(self._calls.values())) or call(self, tensors, options)
+        ),
+    )
+
+    def operands() -> list[Tensor]:
+        return [
+            torch.randn(2, 2048, heads, 64, device=DEVICE, dtype=torch.bfloat16)
+            .transpose(1, 2)
+            .requires_grad_()
+            for heads in (16, kv_heads, kv_heads)
+        ]
+
+    def step(given: list[Tensor]) -> list[Tensor]:
+        out = expressive_attention(*given, is_causal=True, impl=impl)
+        return [out, *torch.autograd.grad(out.square().sum(), given)]
+
+    def check(given: list[Tensor], found: list[Tensor]) -> None:
+        with Watched():
+            assert equal(found, step(given))
+
+    for _ in range(5):
+        given = operands()
+        check(given, step(given))
+    assert repeats[-1]
+    given = operands()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        found = step(given)
+    torch.cuda.current_stream().wait_stream(side)
+    check(given, found)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step(given)
+    for _ in range(3):
+        with torch.no_grad():
+            for tensor, other in zip(given, operands(), strict=True):
+                tensor.copy_(other)
+        graph.replay()
+        check(given, found)
+
+
+@needs_gpu
+def test_zeros_are_zero_on_every_stream() -> None:
+    def function(x: Tensor) -> Tensor:
+        return x.new_zeros(1, dtype=torch.int32)
+
+    forward, evaluated = repeated(function)
+    found = []
+    for stream in [torch.cuda.current_stream(), torch.cuda.Stream()]:
+        with torch.cuda.stream(stream):
+            for _ in range(1500):
+                zero = forward(random(4))
+                assert zero.data_ptr() % 16 == 0
+                found.append(zero.clone())
+                zero.fill_(7)
+    torch.cuda.synchronize()
+    assert not torch.cat(found).any()
+    assert evaluated.calls == 2
