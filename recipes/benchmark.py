@@ -640,8 +640,16 @@ def run_cuda(
     """Times of three standard shapes, of grouped heads at several lengths, of decoding; batches with
     masks; memory: each of the parts with its results."""
     dtype = torch.bfloat16
+    named = rivals("cuda")
+    used_by = {
+        "times": set(named),
+        "masked": {"expressive", "softmax, FlashAttention-4"},
+        "memory": {name for name in named if "flex" not in name},
+    }
+    needed = set().union(*(used_by[part] for part in parts))
     chosen = {}
-    for name, attention in tqdm(rivals("cuda").items(), desc="check"):
+    for name in tqdm([name for name in named if name in needed], desc="check"):
+        attention = named[name]
         try:
             check(name, attention, "cuda", dtype)
         except RuntimeError as error:
@@ -679,7 +687,11 @@ def run_cuda(
         yield "times", {"times": times, "copy_bytes_per_second": float(f"{bandwidth:.4g}")}
     if "masked" in parts:
         masked = []
-        shapes = (Shape(4, 16, 16, 8192, 8192, 128), Shape(4, 32, 32, 8192, 8192, 64))
+        shapes = (
+            Shape(4, 16, 16, 8192, 8192, 128),
+            Shape(4, 32, 32, 8192, 8192, 64),
+            Shape(1, 16, 16, 32768, 32768, 128),
+        )
         for shape in tqdm(shapes, desc="masks"):
             masked += measure_masked(shape, repeats, "softmax, FlashAttention-4" in chosen)
         yield "masked", {"masked": masked}

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,13 @@ def check(problem: AttentionProblem) -> None:
         assert (found - wanted).norm() <= budget, "gradient of the key bias"
 
 
+def in_bands(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Bands of so many bytes; query heads share sums where a key/value head's have more."""
+    for name in ("_BAND_BYTES", "_SHARED_BAND_BYTES"):
+        monkeypatch.setattr(gradient, name, size)
+    monkeypatch.setattr(gradient, "_FEW_ITEMS", 0)
+
+
 @needs_interpreter
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
@@ -107,7 +115,7 @@ def test_matches_the_reference_in_any_order_of_events(
 ) -> None:
     monkeypatch.setattr(gradient, "backward_kernel", launcher("backward_kernel", seed))
     # With bands of one head also sums of dk and dv that query heads share.
-    monkeypatch.setattr(gradient, "_BAND_BYTES", band)
+    in_bands(monkeypatch, band)
     check(problem_of(name, size))
 
 
@@ -121,13 +129,13 @@ def test_operands_may_be_transposed_views(
     if not HOPPER:
         monkeypatch.setattr(gradient, "backward_kernel", launcher("backward_kernel", 25))
     if is_shared:
-        monkeypatch.setattr(gradient, "_BAND_BYTES", 1)
+        in_bands(monkeypatch, 1)
     check(as_in_models(problem_of(name, 64)))
 
 
 def in_sweeps(size: int, monkeypatch: pytest.MonkeyPatch) -> AttentionProblem:
     """A problem whose first row takes two programs five sweeps, of which the third is turned round."""
-    monkeypatch.setattr(gradient, "_BAND_BYTES", 1)
+    in_bands(monkeypatch, 1)
     monkeypatch.setattr(gradient, "num_processors", lambda _: 2)
     sizes = (2, 2, 1, 1100, 1120, size, size)
     return Case("in sweeps", sizes, BFLOAT16, 1.0, {"is_causal": True}).problem()
@@ -171,7 +179,7 @@ def test_the_gradient_of_a_key_bias_changes_no_other(monkeypatch: pytest.MonkeyP
 @needs_interpreter
 def test_results_do_not_depend_on_the_order_of_events(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of("causal", 64)
-    monkeypatch.setattr(gradient, "_BAND_BYTES", 1)
+    in_bands(monkeypatch, 1)
     results = []
     for seed in range(4):
         monkeypatch.setattr(gradient, "backward_kernel", launcher("backward_kernel", seed))
@@ -266,7 +274,7 @@ def test_the_machine_notices_a_broken_kernel(
         return source.replace(old, new)
 
     # One head at a time, so that programs meet at its queries.
-    monkeypatch.setattr(gradient, "_BAND_BYTES", 1)
+    in_bands(monkeypatch, 1)
     if name == "plain":
         monkeypatch.setattr(gradient, "is_shared", lambda *_: False)
     if name == "in sweeps":
@@ -386,27 +394,46 @@ def test_matches_the_reference(name: str, size: int, value_size: int) -> None:
     ],
 )
 def test_query_heads_that_share_sums(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradient, "_BAND_BYTES", 1)
+    in_bands(monkeypatch, 1)
     check(problem_of(name, size))
 
 
+CAUSAL = {"is_causal": True}
+
+
 @pytest.mark.parametrize(
-    ("heads", "key_heads", "num_queries", "num_keys", "options", "expected"),
+    ("heads", "key_heads", "num_queries", "num_keys", "size", "options", "expected"),
     [
-        (32, 8, 8192, 8192, {"is_causal": True}, True),
-        (32, 8, 8192, 8192, {}, True),
-        (32, 8, 4096, 4096, {"is_causal": True}, False),
-        (8, 8, 65536, 65536, {"is_causal": True}, False),
-        (32, 8, 8192, 8192, {"is_causal": True, "sliding_window": 1024}, False),
-        (32, 8, 8192, 4096, {"is_causal": True}, False),
+        # their rows would leave the cache
+        (32, 8, 8192, 8192, 128, CAUSAL, True),
+        (32, 8, 8192, 8192, 128, {}, True),
+        (32, 8, 16384, 16384, 64, CAUSAL, True),
+        (32, 8, 8192, 8192, 64, CAUSAL, False),
+        # two items for each of 132 programs
+        (32, 8, 4096, 4096, 128, CAUSAL, True),
+        (32, 8, 4096, 4096, 64, CAUSAL, False),
+        # four
+        (64, 16, 4096, 4096, 128, CAUSAL, False),
+        # one query head for each key/value head, a window, queries without keys
+        (8, 8, 65536, 65536, 128, CAUSAL, False),
+        (32, 8, 8192, 8192, 128, {"is_causal": True, "sliding_window": 1024}, False),
+        (32, 8, 8192, 4096, 128, CAUSAL, False),
     ],
 )
-def test_query_heads_share_sums_where_their_rows_would_leave_the_cache(
-    heads: int, key_heads: int, num_queries: int, num_keys: int, options: dict, expected: bool
+def test_which_query_heads_share_sums(
+    heads: int,
+    key_heads: int,
+    num_queries: int,
+    num_keys: int,
+    size: int,
+    options: dict[str, Any],
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def empty(heads: int, length: int) -> Tensor:
-        return torch.empty(1, heads, length, 128, dtype=BFLOAT16, device="meta")
+        return torch.empty(1, heads, length, size, dtype=BFLOAT16, device="meta")
 
+    monkeypatch.setattr(gradient, "num_processors", lambda _: 132)
     problem = AttentionProblem(
         query=empty(heads, num_queries),
         key=empty(key_heads, num_keys),

@@ -38,12 +38,16 @@ KEYS = 128
 #: Queries of a step.
 QUERIES = 64
 # Queries, gradients and float32 sums of the heads that programs work on at a time should stay in the
-# L2 cache, of which an H200 has 50 MiB.
-_BAND_BYTES = 32 * 2**20
-# Mean number of items, for each program, in the last band of heads: under causality its longest item is
+# L2 cache, of which an H200 has 50 MiB: half of that in bands of items that add up a group's query heads
+# by themselves, more where they share sums of dk and dv, which come and go by bulk copies.
+_BAND_BYTES = 16 * 2**20
+_SHARED_BAND_BYTES = 32 * 2**20
+# Mean number of items for each program in the last band of heads: under causality its longest item is
 # twice the mean, and with 2 the others have enough to do beside it. But not more bytes than these.
 _TAIL = 2
-_TAIL_BYTES = 4 * _BAND_BYTES
+_TAIL_BYTES = 128 * 2**20
+# With fewer items for each program, one that takes a whole group of query heads is too long.
+_FEW_ITEMS = 3
 # The largest row that `prepare_kernel` divides by a tiny sum must stay below the largest bfloat16.
 _LARGEST_LOGARITHM = 87.0
 
@@ -203,15 +207,16 @@ def is_shared(problem: AttentionProblem) -> bool:
     """Whether each query head is a work item of its own, although several share a key/value head.
 
     Programs that step through all query heads of a key/value head drift apart from one head to the next.
-    Where these fill a band by themselves, their rows leave the L2 cache meanwhile. A window or
+    Where these fill a band by themselves, their rows leave the L2 cache meanwhile; and where items are
+    few, the last program works alone. With heads of 64 the sums cost more than that. A window or
     `KeyRanges` may leave too little work for a tile of keys with one query head.
     """
-    return (
-        problem.group > 1
-        and problem.key.shape[3] == problem.value.shape[3]
-        and has_whole_rows(problem)
-        and group_bytes(problem) >= _BAND_BYTES
-    )
+    batch, key_heads, num_keys, size = problem.key.shape
+    if problem.group == 1 or problem.value.shape[3] != size or not has_whole_rows(problem):
+        return False
+    items = batch * key_heads * ceil_div(num_keys, KEYS)
+    is_short = size > QUERIES and items < _FEW_ITEMS * num_processors(problem)
+    return is_short or group_bytes(problem) >= _SHARED_BAND_BYTES
 
 
 def half_tiles(tensor: Tensor) -> TensorDescriptor:
@@ -308,9 +313,12 @@ def gradients(
     sums = new(batch * heads, count * parts * size, QUERIES, dtype=torch.float32)
     head_bytes = group_bytes(problem) // share
     rows = batch * key_heads * share
-    band = min(max(1, _BAND_BYTES // head_bytes), rows)
+    band_bytes = _BAND_BYTES if share == 1 else _SHARED_BAND_BYTES
+    band = min(max(1, band_bytes // head_bytes), rows)
     programs = min(num_processors(problem), key_tiles * rows)
-    tail = min(ceil_div(_TAIL * programs, key_tiles), max(1, _TAIL_BYTES // head_bytes), rows)
+    # Items of a group are longer.
+    items = _TAIL if problem.group == share else 1
+    tail = min(ceil_div(items * programs, key_tiles), max(1, _TAIL_BYTES // head_bytes), rows)
     # Programs drift apart where items become longer; in a band of many rows not far.
     is_growing = problem.is_causal and has_whole_rows(problem)
     sweep = programs if is_growing and band == 1 else key_tiles
