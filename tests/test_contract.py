@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from hf_expressive import ExpressiveConfig, attach
+from hf_expressive.attention import contract
 from hf_expressive.attention.base import Mechanism
 from hf_expressive.discovery import attention_modules
 from hf_expressive.masking import compact_mask
@@ -318,6 +319,35 @@ def test_packed_equals_separate(name: str, batch: int, use_cache: bool | None) -
     packed = model(torch.cat(parts, dim=1), position_ids=positions, **options).logits
     separate = torch.cat([model(part).logits for part in parts], dim=1)
     assert (packed - separate).abs().max() < LOGITS
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PACKED)
+def test_positions_that_transformers_looked_at_are_not_looked_at_again(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look has the host wait for the device. Positions that change are looked at anew."""
+    looked = []
+    find = contract.packed_rows
+    monkeypatch.setattr(contract, "packed_rows", lambda x: looked.append(x) or find(x))
+    model = PACKED[name]().eval()
+    ids, positions = tokens(16, 2), torch.arange(16).expand(2, -1).clone()
+    options = {"position_ids": positions, "use_cache": False}
+    whole = model(ids, **options).logits
+    assert not looked
+    assert torch.equal(whole, model(ids, use_cache=False).logits)
+    assert not looked
+    positions[:, 5:] -= 5
+    packed = model(ids, **options).logits
+    separate = torch.cat([model(ids[:, :5]).logits, model(ids[:, 5:]).logits], dim=1)
+    assert (packed - separate).abs().max() < LOGITS
+    assert (packed - whole).abs().max() > 10 * LOGITS
+    positions[:, 5:] += 5
+    assert torch.equal(model(ids, **options).logits, whole)
+    # With a cache Transformers does not look.
+    looked.clear()
+    model(ids, position_ids=positions, use_cache=True)
+    assert looked
 
 
 @torch.no_grad()
