@@ -209,6 +209,32 @@ def test_single_tensors_and_zeros_are_repeated() -> None:
     assert evaluated.calls == 2
 
 
+def test_kernels_get_the_types_they_are_compiled_for() -> None:
+    """Alone, in a tuple, and as another one of the same or another size."""
+    given: list[torch.dtype] = []
+
+    class Kernel:
+        arg_names = ("alone", "pair")
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda alone, pair: given.extend([alone.dtype, pair[1].dtype])
+
+    def function(shown: Tensor, x: Tensor) -> Tensor:
+        host.launch(Kernel(), (1,), shown.view(torch.uint8), (3, x.view(torch.int32)))
+        return x.new_empty(1)
+
+    forward, evaluated = repeated(function)
+    for _ in range(4):
+        forward(random(4) > 0, random(4))
+    assert given == [torch.uint8, torch.int32] * 4
+    assert evaluated.calls == 2
+    # Half as many of twice the size: evaluated.
+    for _ in range(4):
+        forward(random(4) > 0, random(4).double())
+    assert given == [torch.uint8, torch.int32] * 8
+    assert evaluated.calls == 6
+
+
 def test_an_error_ends_a_recording() -> None:
     def function(x: Tensor) -> Tensor:
         if evaluated.calls == 2:

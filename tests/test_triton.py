@@ -468,3 +468,30 @@ def test_decoding_takes_the_fewest_splits_that_keep_processors_busy(
     rows: int, most: int, splits: int
 ) -> None:
     assert decode.num_splits(rows, most, 132) == splits
+
+
+def allowed_by_its_old_name(allowed: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def allowed_by_its_new_name(allowed: bool) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+
+
+@pytest.mark.parametrize("allow", [allowed_by_its_old_name, allowed_by_its_new_name])
+def test_products_of_float32_follow_the_setting_of_pytorch(allow: Callable[[bool], None]) -> None:
+    """Each of the two names of the setting; the old one cannot be asked once the new one was used."""
+    from hf_expressive.ops.triton import launch
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    problem = Case("plain").problem()
+    try:
+        for allowed in (True, False, True):
+            allow(allowed)
+            rule = launch._rule_of(problem, steady=True)
+            assert rule.precision == ("tf32" if allowed else "ieee")
+            if not allowed:
+                exact = reference.attention(problem)[0]
+                assert largest_error(triton.forward(problem)[0], exact) < 1e-5
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

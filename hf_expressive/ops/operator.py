@@ -108,7 +108,7 @@ def operator(
 
 def _settings() -> Any:
     """What implementations look at besides their arguments."""
-    return torch.backends.cuda.matmul.allow_tf32
+    return torch.backends.cuda.matmul.fp32_precision
 
 
 def _is_unobserved(tensors: Sequence[Any]) -> bool:

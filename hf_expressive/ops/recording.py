@@ -13,6 +13,7 @@ keeps a tensor for later is evaluated every time.
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -47,6 +48,10 @@ _VIEWS = {
 _ZEROS_AT_ONCE = 1024
 _zeros: dict[Any, list[Tensor]] = {}
 _thread = threading.local()
+
+#: An argument of a launch from the tensors of a call; and where it goes.
+_Maker = Callable[[Sequence[Any]], Any]
+_Filling = tuple[int, _Maker]
 
 
 def current() -> Recording | None:
@@ -118,7 +123,7 @@ class Recording(TorchDispatchMode):
         super().__init__()
         self._is_whole = True
         self._allocations: list[tuple[Any, ...]] = []
-        self._launches: list[tuple[Callable[..., Any], list[Any], list[tuple[Any, ...]]]] = []
+        self._launches: list[tuple[Callable[..., Any], list[Any], list[_Filling]]] = []
         # Kept to the end, so that no two of them have the same address.
         self._tensors: list[Tensor | None] = []
         self._slots: dict[int, int] = {}
@@ -160,28 +165,57 @@ class Recording(TorchDispatchMode):
         _thread.recording = self
 
     def launched(self, run: Callable[..., Any], arguments: Sequence[Any]) -> None:
-        """run(*arguments) has been launched."""
+        """run(*arguments) has been launched: tensors, tuples with tensors, descriptors, constants."""
         constants = list(arguments)
-        places: list[tuple[Any, ...]] = []
+        fillings: list[_Filling] = []
         for place, argument in enumerate(arguments):
             if isinstance(argument, Tensor):
                 constants[place] = None
-                places.append((place, self._slot(argument), None, None))
+                fillings.append((place, self._whole(argument)))
             elif isinstance(base := getattr(argument, "base", None), Tensor):
                 constants[place] = None
-                fields = vars(argument) | {"base": None}
-                places.append((place, self._slot(base), type(argument), fields))
-            elif isinstance(argument, tuple):
-                slots = [
-                    (index, self._slot(part))
-                    for index, part in enumerate(argument)
-                    if isinstance(part, Tensor)
-                ]
-                if slots:
-                    parts = [None if isinstance(part, Tensor) else part for part in argument]
-                    constants[place] = None
-                    places.append((place, slots, getattr(argument, "_make", tuple), parts))
-        self._launches.append((run, constants, places))
+                fillings.append((place, self._descriptor(argument, base)))
+            elif isinstance(argument, tuple) and any(isinstance(x, Tensor) for x in argument):
+                constants[place] = None
+                fillings.append((place, self._tuple(argument)))
+        self._launches.append((run, constants, fillings))
+
+    def _whole(self, tensor: Tensor) -> _Maker:
+        slot = self._slot(tensor)
+        seen, dtype = self._tensors[slot], tensor.dtype
+        if seen is None or seen.dtype == dtype:
+            return operator.itemgetter(slot)
+        self._is_whole &= seen.element_size() == tensor.element_size()
+        return lambda tensors: tensors[slot].view(dtype)
+
+    def _descriptor(self, argument: Any, base: Tensor) -> _Maker:
+        slot, kind = self._slot(base), type(argument)
+        fields = vars(argument) | {"base": None}
+
+        def make(tensors: Sequence[Any]) -> Any:
+            made: Any = object.__new__(kind)
+            made.__dict__.update(fields)
+            made.base = tensors[slot]
+            return made
+
+        return make
+
+    def _tuple(self, argument: tuple[Any, ...]) -> _Maker:
+        kind = getattr(argument, "_make", tuple)
+        constants = [None if isinstance(part, Tensor) else part for part in argument]
+        fillings = [
+            (index, self._whole(part))
+            for index, part in enumerate(argument)
+            if isinstance(part, Tensor)
+        ]
+
+        def make(tensors: Sequence[Any]) -> Any:
+            parts = constants.copy()
+            for index, filling in fillings:
+                parts[index] = filling(tensors)
+            return kind(parts)
+
+        return make
 
     def call(self, outputs: Tensor | tuple[Tensor, ...]) -> Callable[[Sequence[Any]], Any] | None:
         """Repeats with other tensors what was recorded; `None` if that was not everything.
@@ -201,21 +235,10 @@ class Recording(TorchDispatchMode):
             tensors = [*inputs]
             for make, sizes, dtype, device in allocations:
                 tensors.append(make(*sizes, dtype=dtype, device=device))
-            for run, constants, places in launches:
+            for run, constants, fillings in launches:
                 arguments = constants.copy()
-                for place, slot, kind, fields in places:
-                    if kind is None:
-                        arguments[place] = tensors[slot]
-                    elif type(slot) is int:
-                        described: Any = object.__new__(kind)
-                        described.__dict__.update(fields)
-                        described.base = tensors[slot]
-                        arguments[place] = described
-                    else:
-                        parts = fields.copy()
-                        for index, part in slot:
-                            parts[index] = tensors[part]
-                        arguments[place] = kind(parts)
+                for place, make in fillings:
+                    arguments[place] = make(tensors)
                 run(*arguments)
             return tensors[returned[0]] if is_single else tuple([tensors[i] for i in returned])
 

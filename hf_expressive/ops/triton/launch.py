@@ -189,7 +189,8 @@ def _rule_of(problem: AttentionProblem, *, steady: bool) -> Rule:
         capped=problem.softcap is not None,
         key_bias=problem.key_bias is not None,
         bias=problem.bias is not None,
-        tf32=torch.backends.cuda.matmul.allow_tf32,
+        # What `allow_tf32` sets, too; that raises an error once somebody has used this name.
+        tf32=torch.backends.cuda.matmul.fp32_precision == "tf32",
         steady=steady,
     )
 
