@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_device import DEVICE, needs_gpu
+from gluon_machine import launcher
+from kernel_device import DEVICE, needs_gpu, needs_interpreter
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_expressive.ops import expressive_attention, library
+from hf_expressive.ops import expressive_attention, hopper, library
 from hf_expressive.ops.recording import Replayed, current
 from hf_expressive.ops.triton import host
 
@@ -125,6 +126,37 @@ def test_repeated_calls_give_the_bits_of_evaluated_ones(name: str) -> None:
     assert (forwards.calls, backwards.calls) == (calls, calls)
 
 
+@needs_interpreter
+@pytest.mark.parametrize("name", ["causal", "shared sums", "documents"])
+def test_the_hopper_kernels_are_repeated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the machine that stands for such a GPU; the whole of a forward and of a backward pass."""
+    from hf_expressive.ops.hopper import gradient
+    from hf_expressive.ops.hopper import launch as hopper_launch
+
+    monkeypatch.setattr(hopper_launch, "forward_kernel", launcher("forward_kernel", 1))
+    monkeypatch.setattr(gradient, "backward_kernel", launcher("backward_kernel", 2))
+    monkeypatch.setattr(gradient, "is_shared", lambda _: name == "shared sums")
+    monkeypatch.setattr(hopper, "has_own_backward", lambda _: True)
+    forward, forwards = repeated(library._compute)
+    backward, backwards = repeated(library._compute_backward)
+    length = 200
+    for turn in range(3):
+        query, key, value, grad = (
+            torch.randn(1, length, heads, 64, dtype=torch.bfloat16).transpose(1, 2)
+            for heads in (2, 1, 1, 2)
+        )
+        options = {"query": query, "key": key, "value": value, "impl": "hopper"}
+        given = fresh(options)
+        if name == "documents":
+            position = torch.arange(length, dtype=torch.int32)[None]
+            given[7], given[8] = position // (50 + turn) * (50 + turn), position + 1
+        out, log_normalizer = forward(*given)
+        assert equal((out, log_normalizer), library._compute(*given))
+        given = [grad, out, log_normalizer, *given, False, False]
+        assert equal(backward(*given), library._compute_backward(*given))
+    assert (forwards.calls, backwards.calls) == (2, 2)
+
+
 def test_what_looks_different_is_not_a_repetition() -> None:
     forward, forwards = repeated(library._compute)
     shapes: list[dict[str, Any]] = [
@@ -143,15 +175,25 @@ def test_what_looks_different_is_not_a_repetition() -> None:
             assert forwards.calls == min(turn, 2) * len(shapes) + (number + 1 if turn < 2 else 0)
 
 
-def test_addresses_that_kernels_are_not_compiled_for_are_evaluated() -> None:
-    """The same shapes and strides at another address, whose operand is copied first."""
+def test_addresses_that_kernels_are_not_compiled_for_are_other_calls() -> None:
+    """The same shapes and strides at an address whose operand is copied first."""
     forward, forwards = repeated(library._compute)
     size = BATCH * HEADS * LENGTH * SIZE
-    for calls in (1, 2, 2, 3, 4, 5):
+    for calls in (1, 2, 2, 3, 4, 4):
         query = random(size + 1)[1 if calls > 2 else 0 :][:size].view(BATCH, HEADS, LENGTH, SIZE)
         given = fresh({"query": query})
         assert equal(forward(*given), library._compute(*given))
         assert forwards.calls == calls
+
+
+def test_operands_of_one_projection_are_told_apart() -> None:
+    forward, forwards = repeated(library._compute)
+    for _ in range(4):
+        heads = (HEADS, KEY_HEADS, KEY_HEADS)
+        parts = random(BATCH, LENGTH, sum(heads), SIZE).transpose(1, 2).split(heads, dim=1)
+        given = fresh(dict(zip(("query", "key", "value"), parts, strict=True)))
+        assert equal(forward(*given), library._compute(*given))
+    assert forwards.calls == 2
 
 
 def test_tensors_at_one_place_are_not_mixed_up() -> None:
@@ -233,6 +275,30 @@ def test_kernels_get_the_types_they_are_compiled_for() -> None:
         forward(random(4) > 0, random(4).double())
     assert given == [torch.uint8, torch.int32] * 8
     assert evaluated.calls == 6
+
+
+def test_copies_are_repeated() -> None:
+    """Of parts, transposed, broadcast and in other types; not from elsewhere, and no other writing."""
+    kept = random(3, 4)
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        made = x.new_empty(4, 6, dtype=torch.float64)
+        made.copy_(y[:1].expand(4, 6))
+        made[:, :3].copy_(x.t())
+        return made
+
+    def from_elsewhere(x: Tensor, y: Tensor) -> Tensor:
+        return function(x, y).t()[:3].copy_(kept)
+
+    def added(x: Tensor, y: Tensor) -> Tensor:
+        return function(x, y).add_(1)
+
+    for called, calls in ((function, 2), (from_elsewhere, 4), (added, 4)):
+        forward, evaluated = repeated(called)
+        for _ in range(4):
+            given = random(3, 4), random(1, 6)
+            assert torch.equal(forward(*given), called(*given))
+        assert evaluated.calls == calls
 
 
 def test_an_error_ends_a_recording() -> None:

@@ -1,13 +1,13 @@
-"""Calls that do nothing but allocate tensors and launch kernels, done again from memory.
+"""Calls that do little but allocate tensors and launch kernels, done again from memory.
 
 Which kernels a call launches, with which grids and numbers, follows from its options and from the
 shapes, strides and types of its tensors. A training step asks the same of every layer, and working it
 out takes the host longer than small kernels take the GPU. So the second of two calls that look alike is
 recorded, and those after it repeat what was recorded with tensors of their own.
 
-A call is repeated only if the recording saw all that it did: allocations, views, and launches through
-`ops.triton.host.launch`. One that runs other operations of PyTorch, reads a number from the device or
-keeps a tensor for later is evaluated every time.
+A call is repeated only if the recording saw all that it did: allocations, views, copies, and launches
+through `ops.triton.host.launch`. One that runs other operations of PyTorch, reads a number from the
+device or keeps a tensor for later is evaluated every time.
 """
 
 from __future__ import annotations
@@ -38,12 +38,15 @@ _ZEROS = {_aten.zeros.default, _aten.new_zeros.default}
 _VIEWS = {
     _aten.view.default,
     _aten.view.dtype,
+    _aten.alias.default,
     _aten.detach.default,
+    _aten.t.default,
     _aten.transpose.int,
     _aten.unsqueeze.default,
     _aten.expand.default,
     _aten.slice.Tensor,
     _aten.select.int,
+    _aten.unbind.int,
 }
 _ZEROS_AT_ONCE = 1024
 _zeros: dict[Any, list[Tensor]] = {}
@@ -123,10 +126,10 @@ class Recording(TorchDispatchMode):
         super().__init__()
         self._is_whole = True
         self._allocations: list[tuple[Any, ...]] = []
-        self._launches: list[tuple[Callable[..., Any], list[Any], list[_Filling]]] = []
+        # Launches and copies: a function, its arguments without tensors, and what fills the gaps.
+        self._steps: list[tuple[Callable[..., Any], list[Any], list[_Filling]]] = []
         # Kept to the end, so that no two of them have the same address.
         self._tensors: list[Tensor | None] = []
-        self._slots: dict[int, int] = {}
         for tensor in inputs:
             if tensor is None:
                 self._tensors.append(None)
@@ -152,6 +155,10 @@ class Recording(TorchDispatchMode):
                 made = (_zero if result.numel() == 1 else torch.zeros), (result.shape,)
             self._allocations.append((*made, result.dtype, result.device))
             self._add(result)
+        elif func is _aten.copy_.default:
+            target, source, *_ = args
+            fillings = [(0, self._view(target)), (1, self._view(source))]
+            self._steps.append((torch.Tensor.copy_, [None, None], fillings))
         elif func not in _VIEWS:
             self._is_whole = False
         return result
@@ -171,31 +178,46 @@ class Recording(TorchDispatchMode):
         for place, argument in enumerate(arguments):
             if isinstance(argument, Tensor):
                 constants[place] = None
-                fillings.append((place, self._whole(argument)))
+                fillings.append((place, self._start(argument)))
             elif isinstance(base := getattr(argument, "base", None), Tensor):
                 constants[place] = None
                 fillings.append((place, self._descriptor(argument, base)))
             elif isinstance(argument, tuple) and any(isinstance(x, Tensor) for x in argument):
                 constants[place] = None
                 fillings.append((place, self._tuple(argument)))
-        self._launches.append((run, constants, fillings))
+        self._steps.append((run, constants, fillings))
 
-    def _whole(self, tensor: Tensor) -> _Maker:
-        slot = self._slot(tensor)
+    def _start(self, tensor: Tensor) -> _Maker:
+        """A tensor that starts at the same place, which is all that a kernel sees of it."""
+        slot, ahead = self._slot(tensor)
         seen, dtype = self._tensors[slot], tensor.dtype
-        if seen is None or seen.dtype == dtype:
+        if seen is None or (seen.dtype == dtype and ahead == 0):
             return operator.itemgetter(slot)
+        if ahead > 0:
+            return self._view(tensor)
         self._is_whole &= seen.element_size() == tensor.element_size()
         return lambda tensors: tensors[slot].view(dtype)
 
+    def _view(self, tensor: Tensor) -> _Maker:
+        slot, ahead = self._slot(tensor)
+        seen, shape, strides = self._tensors[slot], tensor.shape, tensor.stride()
+        self._is_whole &= seen is not None and seen.dtype == tensor.dtype
+        places = ahead // tensor.element_size()
+
+        def make(tensors: Sequence[Any]) -> Any:
+            seen = tensors[slot]
+            return seen.as_strided(shape, strides, seen.storage_offset() + places)
+
+        return make
+
     def _descriptor(self, argument: Any, base: Tensor) -> _Maker:
-        slot, kind = self._slot(base), type(argument)
+        start, kind = self._start(base), type(argument)
         fields = vars(argument) | {"base": None}
 
         def make(tensors: Sequence[Any]) -> Any:
             made: Any = object.__new__(kind)
             made.__dict__.update(fields)
-            made.base = tensors[slot]
+            made.base = start(tensors)
             return made
 
         return make
@@ -204,7 +226,7 @@ class Recording(TorchDispatchMode):
         kind = getattr(argument, "_make", tuple)
         constants = [None if isinstance(part, Tensor) else part for part in argument]
         fillings = [
-            (index, self._whole(part))
+            (index, self._start(part))
             for index, part in enumerate(argument)
             if isinstance(part, Tensor)
         ]
@@ -229,13 +251,13 @@ class Recording(TorchDispatchMode):
         returned = [slots.get(_layout(tensor), -1) for tensor in wanted]
         if not self._is_whole or -1 in returned:
             return None
-        allocations, launches = self._allocations, self._launches
+        allocations, steps = self._allocations, self._steps
 
         def repeat(inputs: Sequence[Any]) -> Any:
             tensors = [*inputs]
             for make, sizes, dtype, device in allocations:
                 tensors.append(make(*sizes, dtype=dtype, device=device))
-            for run, constants, fillings in launches:
+            for run, constants, fillings in steps:
                 arguments = constants.copy()
                 for place, make in fillings:
                     arguments[place] = make(tensors)
@@ -245,20 +267,34 @@ class Recording(TorchDispatchMode):
         return repeat
 
     def _add(self, tensor: Tensor) -> None:
-        address = tensor.data_ptr()
-        # Two inputs at one place are not told apart.
-        if address in self._slots:
-            self._is_whole = False
-        if tensor.numel() > 0:
-            self._slots[address] = len(self._tensors)
         self._tensors.append(tensor)
+        if tensor.numel() > 0:
+            self._slot(tensor)
 
-    def _slot(self, tensor: Tensor) -> int:
-        slot = self._slots.get(tensor.data_ptr())
-        if slot is None:
+    def _slot(self, tensor: Tensor) -> tuple[int, int]:
+        """Which of the tensors holds the start of another one, and how many bytes behind its own."""
+        address = tensor.data_ptr()
+        inside = [
+            (slot, address - seen.data_ptr())
+            for slot, seen in enumerate(self._tensors)
+            if seen is not None and 0 <= address - seen.data_ptr() < _span(seen)
+        ]
+        # Operands may be slices of one projection, which start at places of their own.
+        found = [place for place in inside if place[1] == 0] or inside
+        if len(found) != 1:
             self._is_whole = False
-            return 0
-        return slot
+            return 0, 0
+        return found[0]
+
+
+def _span(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    if tensor.numel() == 0:
+        return 0
+    steps = (
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return (sum(steps) + 1) * tensor.element_size()
 
 
 def _zero(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
