@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_expressive.ops import expressive_attention, hopper, library
-from hf_expressive.ops.recording import Replayed, current
+from hf_expressive.ops.recording import Repeated, current
 from hf_expressive.ops.triton import host
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -35,7 +35,7 @@ class Counted:
 def repeated(function: Callable[..., Any]) -> tuple[Callable[..., Any], Counted]:
     """The function, called as before but repeated where possible, and the count of its evaluations."""
     counted = Counted(function)
-    memory = Replayed(counted, lambda: None)
+    memory = Repeated(counted, lambda: None)
 
     def call(*inputs: Any) -> Any:
         tensors = [value for value in inputs if value is None or isinstance(value, Tensor)]
@@ -320,7 +320,7 @@ def test_an_error_ends_a_recording() -> None:
 def test_settings_count() -> None:
     settings = [False]
     counted = Counted(lambda x: x.new_zeros(2))
-    forward = Replayed(counted, lambda: settings[0])
+    forward = Repeated(counted, lambda: settings[0])
     for wanted in (1, 2, 2):
         forward([random(1)], ())
         assert counted.calls == wanted
@@ -331,7 +331,7 @@ def test_settings_count() -> None:
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_expressive.ops.recording._MOST_CALLS", 8)
-    forward = Replayed(lambda x: x.new_zeros(2), lambda: None)
+    forward = Repeated(lambda x: x.new_zeros(2), lambda: None)
     for length in range(1, 30):
         for _ in range(3):
             forward([random(length)], ())
@@ -354,9 +354,9 @@ def test_training_steps_repeat_on_a_gpu(
 ) -> None:
     """On another stream and as a CUDA graph, too; `auto` is the Hopper path."""
     repeats = []
-    call = Replayed.__call__
+    call = Repeated.__call__
     monkeypatch.setattr(
-        Replayed,
+        Repeated,
         "__call__",
         lambda self, tensors, options: (
             repeats.append(any(self._calls.values())) or call(self, tensors, options)

@@ -19,7 +19,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._library.custom_ops import get_library_allowing_overwrite
 from torch.autograd import forward_ad
 
-from .recording import Replayed
+from .recording import Repeated
 
 #: Of the operators' names. A copy of these files in a kernel repository has another, so that both can be
 #: loaded in one process.
@@ -82,7 +82,7 @@ def operator(
 
     library.impl(name, torch.compiler.disable(registered), "Autograd", with_keyset=True)
 
-    repeated = Replayed(compute, _settings)
+    repeated = Repeated(compute, _settings)
 
     def on_gpu(tensors: Sequence[Any], options: Sequence[Any]) -> Any:
         if tensors[0].get_device() == torch.cuda.current_device():

@@ -62,7 +62,7 @@ def current() -> Recording | None:
     return getattr(_thread, "recording", None)
 
 
-class Replayed:
+class Repeated:
     """A function of tensors and options that is repeated from memory where that is possible.
 
     Args:
