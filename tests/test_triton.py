@@ -480,7 +480,11 @@ def allowed_by_its_new_name(allowed: bool) -> None:
 
 @pytest.mark.parametrize("allow", [allowed_by_its_old_name, allowed_by_its_new_name])
 def test_products_of_float32_follow_the_setting_of_pytorch(allow: Callable[[bool], None]) -> None:
-    """Each of the two names of the setting; the old one cannot be asked once the new one was used."""
+    """Each of the two names of the setting; the old one cannot be asked once the new one was used.
+
+    Calls repeated from memory ask, too.
+    """
+    from hf_expressive.ops.operator import _settings
     from hf_expressive.ops.triton import launch
 
     before = torch.backends.cuda.matmul.fp32_precision
@@ -489,7 +493,7 @@ def test_products_of_float32_follow_the_setting_of_pytorch(allow: Callable[[bool
         for allowed in (True, False, True):
             allow(allowed)
             rule = launch._rule_of(problem, steady=True)
-            assert rule.precision == ("tf32" if allowed else "ieee")
+            assert rule.precision == _settings() == ("tf32" if allowed else "ieee")
             if not allowed:
                 exact = reference.attention(problem)[0]
                 assert largest_error(triton.forward(problem)[0], exact) < 1e-5
