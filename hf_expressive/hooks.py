@@ -404,12 +404,13 @@ def _preprocess_mask_arguments(
     early_exit, mask, packed, *sizes = original(
         config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs
     )
+    if config._attn_implementation not in MECHANISMS:
+        return early_exit, mask, packed, *sizes
     if not torch.compiler.is_compiling():
         looked = not early_exit and attention_mask is None and past_key_values is None
         remember_unbroken(position_ids if looked and packed is None else None)
     elif (
-        config._attn_implementation in MECHANISMS
-        and position_ids is not None
+        position_ids is not None
         and position_ids.dim() == 2
         and attention_mask is None
         and not early_exit

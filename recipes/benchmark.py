@@ -648,8 +648,9 @@ def run_cuda(
     }
     needed = set().union(*(used_by[part] for part in parts))
     chosen = {}
-    for name in tqdm([name for name in named if name in needed], desc="check"):
-        attention = named[name]
+    for name, attention in tqdm(
+        [item for item in named.items() if item[0] in needed], desc="check"
+    ):
         try:
             check(name, attention, "cuda", dtype)
         except RuntimeError as error:

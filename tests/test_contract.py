@@ -25,7 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from hf_expressive import ExpressiveConfig, attach
+from hf_expressive import ExpressiveConfig, attach, masking
 from hf_expressive.attention import contract
 from hf_expressive.attention.base import Mechanism
 from hf_expressive.discovery import attention_modules
@@ -348,6 +348,16 @@ def test_positions_that_transformers_looked_at_are_not_looked_at_again(
     looked.clear()
     model(ids, position_ids=positions, use_cache=True)
     assert looked
+
+
+@torch.no_grad()
+def test_positions_of_stock_models_are_not_remembered() -> None:
+    options = {"position_ids": torch.arange(9)[None], "use_cache": False}
+    masking.remember_unbroken(None)
+    LlamaForCausalLM(llama_config(attn_implementation="eager"))(tokens(9, 1), **options)
+    assert masking._unbroken.get() is None
+    PACKED["llama"]()(tokens(9, 1), **options)
+    assert masking._unbroken.get() is not None
 
 
 @torch.no_grad()

@@ -230,18 +230,10 @@ def _backward_fake(
 _backward = operator("attention_backward", _compute_backward, _backward_fake)
 
 
-def _save(
-    ctx: Any, tensors: Sequence[Any], options: Sequence[Any], output: tuple[Tensor, Tensor]
-) -> None:
-    ctx.save_for_backward(*tensors, *output)
-    ctx.options = options
-    ctx.mark_non_differentiable(output[1])
-
-
 def _gradients(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, out, log_normalizer = ctx.saved_tensors
     query, gain, sinks = tensors[0], tensors[3], tensors[10]
-    needs = ctx.needs_input_grad[2:]
+    needs = ctx.needs_input_grad
     grad_query, grad_key, grad_value, grad_key_bias, grad_bias = _backward(
         grad_out, out, log_normalizer, *tensors, *ctx.options, needs[4], needs[5]
     )
@@ -266,4 +258,6 @@ def _gradients(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ..
     )
 
 
-_forward = operator("attention_forward", _compute, _forward_fake, save=_save, gradients=_gradients)
+_forward = operator(
+    "attention_forward", _compute, _forward_fake, gradients=_gradients, saves_output=True
+)

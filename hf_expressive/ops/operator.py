@@ -33,8 +33,8 @@ def operator(
     compute: Callable[..., Any],
     fake: Callable[..., Any],
     *,
-    save: Callable[[Any, Sequence[Any], Sequence[Any], Any], None] | None = None,
     gradients: Callable[..., Any] | None = None,
+    saves_output: bool = False,
 ) -> Any:
     """Registers `compute`, whose annotations give the schema, for every device.
 
@@ -44,9 +44,10 @@ def operator(
             runs, then options. Writes to none and returns new tensors. What it does depends on the
             options and on how its tensors look, not on what is in them.
         fake: the same with tensors that have a shape only.
-        save: save(context, tensors, options, output) keeps what the gradients need; `None` if there
-            are none.
-        gradients: gradients(context, *grad_outputs) returns one for each tensor, or `None` in its place.
+        gradients: gradients(context, *grad_outputs) returns one for each tensor, or `None` in its place;
+            `None` if the operator has none. `context.saved_tensors` are the tensors and, if wanted, the
+            output, `context.options` the options. Of several outputs the first is differentiable.
+        saves_output: whether the gradients need the output.
 
     Returns:
         The operator, or what comes to the same without the dispatcher; called like `compute`.
@@ -75,7 +76,7 @@ def operator(
             below = keyset & torch._C._after_autograd_keyset
             return overload.redispatch(below, *tensors, *options)
 
-    run = _differentiable(name, save, gradients)
+    run = _differentiable(name, gradients, saves_output=saves_output)
 
     def registered(keyset: Any, *inputs: Any) -> Any:
         return run(functools.partial(below_autograd, keyset), inputs[:count], inputs[count:])
@@ -122,13 +123,17 @@ def _is_unobserved(tensors: Sequence[Any]) -> bool:
     )
 
 
-def _differentiable(name: str, save: Any, gradients: Any) -> Callable[..., Any]:
+def _differentiable(name: str, gradients: Any, *, saves_output: bool) -> Callable[..., Any]:
     """run(function, tensors, options): function(tensors, options), with gradients where wanted."""
 
-    def forward(ctx: Any, function: Any, options: Sequence[Any], *tensors: Any) -> Any:
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        *tensors, options, function = arguments
         output = function(tensors, options)
-        if save is not None:
-            save(ctx, tensors, options, output)
+        if gradients is not None:
+            ctx.save_for_backward(*tensors, *(output if saves_output else ()))
+            ctx.options = options
+            if isinstance(output, tuple):
+                ctx.mark_non_differentiable(*output[1:])
         return output
 
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -137,7 +142,7 @@ def _differentiable(name: str, save: Any, gradients: Any) -> Callable[..., Any]:
                 f"no autograd formula is registered for {name}: it is itself the gradient of an "
                 'operator. For second derivatives use impl="reference".'
             )
-        return None, None, *gradients(ctx, *grads)
+        return *gradients(ctx, *grads), None, None
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     tracked: Any = type(name, (torch.autograd.Function,), methods)
@@ -148,7 +153,7 @@ def _differentiable(name: str, save: Any, gradients: Any) -> Callable[..., Any]:
                 f'{name} has no forward-mode derivative; use impl="reference" for it.'
             )
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
-            return tracked.apply(function, options, *tensors)
+            return tracked.apply(*tensors, options, function)
         return function(tensors, options)
 
     return run

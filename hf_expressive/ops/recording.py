@@ -13,6 +13,7 @@ device or keeps a tensor for later is evaluated every time.
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-# Bytes; what kernels are compiled for, see `ops.triton.host`.
-_ALIGNMENT = 16
+#: Bytes; what bulk copies ask of addresses and strides, and what compiled kernels rely on.
+ALIGNMENT = 16
 # Remembered calls of a function; with so many kinds of calls none is likely to come again.
 _MOST_CALLS = 1024
 _aten = torch.ops.aten
@@ -52,9 +53,8 @@ _ZEROS_AT_ONCE = 1024
 _zeros: dict[Any, list[Tensor]] = {}
 _thread = threading.local()
 
-#: An argument of a launch from the tensors of a call; and where it goes.
+#: Something made of the tensors of a call.
 _Maker = Callable[[Sequence[Any]], Any]
-_Filling = tuple[int, _Maker]
 
 
 def current() -> Recording | None:
@@ -74,9 +74,8 @@ class Repeated:
     def __init__(self, function: Callable[..., Any], state: Callable[[], Any]) -> None:
         self._function = function
         self._state = state
-        # Key: what the call looks like. Value: `None` if it cannot be repeated.
-        self._calls: dict[Any, Any] = {}
-        self._seen: set[Any] = set()
+        # What answers a call, by what it looks like.
+        self._calls: dict[Any, Callable[[Sequence[Any], Sequence[Any]], Any]] = {}
 
     def __call__(self, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
         key: list[Any] = [self._state(), options]
@@ -84,7 +83,7 @@ class Repeated:
             if tensor is None:
                 key.append(None)
             else:
-                is_aligned = tensor.data_ptr() % _ALIGNMENT == 0
+                is_aligned = tensor.data_ptr() % ALIGNMENT == 0
                 looks = (
                     tensor.shape,
                     tensor.stride(),
@@ -94,25 +93,22 @@ class Repeated:
                 )
                 key.append(looks)
         call = tuple(key)
-        repeat = self._calls.get(call, self)
-        if repeat is None:
-            return self._function(*tensors, *options)
-        if repeat is not self:
-            return repeat(tensors)
-        if call not in self._seen:
-            if len(self._seen) >= _MOST_CALLS:
-                self.forget()
-            self._seen.add(call)
-            return self._function(*tensors, *options)
-        with Recording(tensors) as recording:
-            outputs = self._function(*tensors, *options)
-        self._calls[call] = recording.call(outputs)
-        return outputs
+        answer = self._calls.get(call)
+        if answer is None:
+            if len(self._calls) >= _MOST_CALLS:
+                self._calls.clear()
+            self._calls[call] = functools.partial(self._record, call)
+            answer = self._evaluate
+        return answer(tensors, options)
 
-    def forget(self) -> None:
-        """Evaluates all calls anew."""
-        self._seen.clear()
-        self._calls.clear()
+    def _evaluate(self, tensors: Sequence[Any], options: Sequence[Any]) -> Any:
+        return self._function(*tensors, *options)
+
+    def _record(self, call: Any, tensors: Sequence[Any], options: Sequence[Any]) -> Any:
+        with Recording(tensors) as recording:
+            outputs = self._evaluate(tensors, options)
+        self._calls[call] = recording.repetition(outputs) or self._evaluate
+        return outputs
 
 
 class Recording(TorchDispatchMode):
@@ -126,8 +122,8 @@ class Recording(TorchDispatchMode):
         super().__init__()
         self._is_whole = True
         self._allocations: list[tuple[Any, ...]] = []
-        # Launches and copies: a function, its arguments without tensors, and what fills the gaps.
-        self._steps: list[tuple[Callable[..., Any], list[Any], list[_Filling]]] = []
+        # Launches and copies: a function and what makes its arguments.
+        self._steps: list[tuple[Callable[..., Any], _Maker]] = []
         # Kept to the end, so that no two of them have the same address.
         self._tensors: list[Tensor | None] = []
         for tensor in inputs:
@@ -156,9 +152,8 @@ class Recording(TorchDispatchMode):
             self._allocations.append((*made, result.dtype, result.device))
             self._add(result)
         elif func is _aten.copy_.default:
-            target, source, *_ = args
-            fillings = [(0, self._view(target)), (1, self._view(source))]
-            self._steps.append((torch.Tensor.copy_, [None, None], fillings))
+            target, source = map(self._view, args[:2])
+            self._steps.append((Tensor.copy_, lambda tensors: (target(tensors), source(tensors))))
         elif func not in _VIEWS:
             self._is_whole = False
         return result
@@ -173,19 +168,35 @@ class Recording(TorchDispatchMode):
 
     def launched(self, run: Callable[..., Any], arguments: Sequence[Any]) -> None:
         """run(*arguments) has been launched: tensors, tuples with tensors, descriptors, constants."""
+        self._steps.append((run, self._sequence(arguments)))
+
+    def _sequence(self, arguments: Sequence[Any]) -> _Maker:
         constants = list(arguments)
-        fillings: list[_Filling] = []
+        makers = []
         for place, argument in enumerate(arguments):
-            if isinstance(argument, Tensor):
+            if (maker := self._argument(argument)) is not None:
                 constants[place] = None
-                fillings.append((place, self._start(argument)))
-            elif isinstance(base := getattr(argument, "base", None), Tensor):
-                constants[place] = None
-                fillings.append((place, self._descriptor(argument, base)))
-            elif isinstance(argument, tuple) and any(isinstance(x, Tensor) for x in argument):
-                constants[place] = None
-                fillings.append((place, self._tuple(argument)))
-        self._steps.append((run, constants, fillings))
+                makers.append((place, maker))
+
+        def make(tensors: Sequence[Any]) -> list[Any]:
+            made = constants.copy()
+            for place, maker in makers:
+                made[place] = maker(tensors)
+            return made
+
+        return make
+
+    def _argument(self, argument: Any) -> _Maker | None:
+        """`None` for a constant."""
+        if isinstance(argument, Tensor):
+            return self._start(argument)
+        if isinstance(base := getattr(argument, "base", None), Tensor):
+            start, kind, fields = self._start(base), type(argument), vars(argument) | {"base": None}
+            return lambda tensors: descriptor_at(start(tensors), kind, fields)
+        if isinstance(argument, tuple) and any(isinstance(part, Tensor) for part in argument):
+            parts, kind = self._sequence(argument), getattr(argument, "_make", tuple)
+            return lambda tensors: kind(parts(tensors))
+        return None
 
     def _start(self, tensor: Tensor) -> _Maker:
         """A tensor that starts at the same place, which is all that a kernel sees of it."""
@@ -210,37 +221,8 @@ class Recording(TorchDispatchMode):
 
         return make
 
-    def _descriptor(self, argument: Any, base: Tensor) -> _Maker:
-        start, kind = self._start(base), type(argument)
-        fields = vars(argument) | {"base": None}
-
-        def make(tensors: Sequence[Any]) -> Any:
-            made: Any = object.__new__(kind)
-            made.__dict__.update(fields)
-            made.base = start(tensors)
-            return made
-
-        return make
-
-    def _tuple(self, argument: tuple[Any, ...]) -> _Maker:
-        kind = getattr(argument, "_make", tuple)
-        constants = [None if isinstance(part, Tensor) else part for part in argument]
-        fillings = [
-            (index, self._start(part))
-            for index, part in enumerate(argument)
-            if isinstance(part, Tensor)
-        ]
-
-        def make(tensors: Sequence[Any]) -> Any:
-            parts = constants.copy()
-            for index, filling in fillings:
-                parts[index] = filling(tensors)
-            return kind(parts)
-
-        return make
-
-    def call(self, outputs: Tensor | tuple[Tensor, ...]) -> Callable[[Sequence[Any]], Any] | None:
-        """Repeats with other tensors what was recorded; `None` if that was not everything.
+    def repetition(self, outputs: Tensor | tuple[Tensor, ...]) -> Callable[..., Any] | None:
+        """repeat(tensors, options) does again what was recorded; `None` if that was not everything.
 
         Args:
             outputs: what the call returned.
@@ -253,15 +235,12 @@ class Recording(TorchDispatchMode):
             return None
         allocations, steps = self._allocations, self._steps
 
-        def repeat(inputs: Sequence[Any]) -> Any:
+        def repeat(inputs: Sequence[Any], options: Sequence[Any]) -> Any:
             tensors = [*inputs]
             for make, sizes, dtype, device in allocations:
                 tensors.append(make(*sizes, dtype=dtype, device=device))
-            for run, constants, fillings in steps:
-                arguments = constants.copy()
-                for place, make in fillings:
-                    arguments[place] = make(tensors)
-                run(*arguments)
+            for run, arguments in steps:
+                run(*arguments(tensors))
             return tensors[returned[0]] if is_single else tuple([tensors[i] for i in returned])
 
         return repeat
@@ -287,6 +266,18 @@ class Recording(TorchDispatchMode):
         return found[0]
 
 
+def descriptor_at(base: Tensor, kind: type, fields: dict[str, Any]) -> Any:
+    """A tile descriptor of a class of Triton's, without the checks of its constructor.
+
+    Args:
+        fields: its attributes, `base` left open.
+    """
+    made: Any = object.__new__(kind)
+    made.__dict__.update(fields)
+    made.base = base
+    return made
+
+
 def _span(tensor: Tensor) -> int:
     """Bytes from a tensor's first element to the end of its last."""
     if tensor.numel() == 0:
@@ -307,7 +298,7 @@ def _zero(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor
         return _zeros[kind].pop()
     except (KeyError, IndexError):
         # In rows, for the sake of the addresses.
-        rows = torch.zeros(_ZEROS_AT_ONCE, _ALIGNMENT, dtype=dtype, device=device)
+        rows = torch.zeros(_ZEROS_AT_ONCE, ALIGNMENT, dtype=dtype, device=device)
         _zeros[kind] = [*rows[:, :1].reshape(-1, *shape).unbind()]
         return _zeros[kind].pop()
 

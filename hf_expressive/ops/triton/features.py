@@ -14,7 +14,6 @@ S densities, M frequencies a density.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -118,17 +117,12 @@ def _backward_fake(
 _backward = operator("features_backward", _compute_backward, _backward_fake)
 
 
-def _save(ctx: Any, tensors: Sequence[Any], options: Sequence[Any], output: Tensor) -> None:
-    ctx.save_for_backward(*tensors)
-    ctx.options = options
-
-
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    need_x, need_frequencies = ctx.needs_input_grad[2:]
+    need_x, need_frequencies = ctx.needs_input_grad[:2]
     grad_x, grad_frequencies = _backward(
         grad, *ctx.saved_tensors, *ctx.options, need_x, need_frequencies
     )
     return grad_x if need_x else None, grad_frequencies if need_frequencies else None
 
 
-_forward = operator("features_forward", _compute, _forward_fake, save=_save, gradients=_gradients)
+_forward = operator("features_forward", _compute, _forward_fake, gradients=_gradients)

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from ..recording import current
+from ..recording import ALIGNMENT, current, descriptor_at
 
-# Bytes; what bulk copies ask of addresses and strides, and what compiled kernels rely on.
-_ALIGNMENT = 16
 #: Compiled kernels with the values of their compile-time parameters, by kernel, device and `_property`.
 _compiled: dict[tuple[Any, ...], tuple[CompiledKernel, tuple[Any, ...]]] = {}
 # On AMD's GPUs kernels are compiled for the size of a tensor's memory, too.
@@ -74,13 +72,13 @@ def _property(argument: Any) -> Any:
     kind = type(argument)
     if kind is int:
         if not -(2**31) <= argument < 2**31:
-            return ("wide", argument % _ALIGNMENT == 0)
-        return 1 if argument == 1 else 0 if argument % _ALIGNMENT == 0 else 2
+            return ("wide", argument % ALIGNMENT == 0)
+        return 1 if argument == 1 else 0 if argument % ALIGNMENT == 0 else 2
     if argument is None:
         return None
     if isinstance(argument, Tensor):
         dtype = argument.dtype
-        return dtype if argument.data_ptr() % _ALIGNMENT == 0 else (dtype,)
+        return dtype if argument.data_ptr() % ALIGNMENT == 0 else (dtype,)
     if kind is float or kind is bool:
         return kind
     if isinstance(argument, tuple):
@@ -100,7 +98,7 @@ def _fields(
     layout: Callable[..., Any] | None,
 ) -> dict[str, Any] | None:
     """The attributes of a descriptor, checked by Triton; `None` where it cannot express the strides."""
-    unit = _ALIGNMENT // dtype.itemsize
+    unit = ALIGNMENT // dtype.itemsize
     *outer, last = strides
     for index, stride in enumerate(outer):
         if shape[index] == 1:  # it is never taken and may be anything
@@ -124,11 +122,9 @@ def describe(
         layout: layout(block, dtype) makes what Gluon's descriptors want to know of shared memory.
     """
     fields = _fields(kind, tensor.dtype, tensor.shape, tensor.stride(), block, layout)
-    if fields is None or tensor.data_ptr() % _ALIGNMENT:
-        unit = _ALIGNMENT // tensor.element_size()
+    if fields is None or tensor.data_ptr() % ALIGNMENT:
+        unit = ALIGNMENT // tensor.element_size()
         *lead, size = tensor.shape
         padded = tensor.new_empty(*lead, -(-size // unit) * unit)[..., :size]
         return describe(kind, padded.copy_(tensor), block, layout)
-    described: Any = object.__new__(kind)
-    described.__dict__.update(fields, base=tensor)
-    return described
+    return descriptor_at(tensor, kind, fields)

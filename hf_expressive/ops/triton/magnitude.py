@@ -8,7 +8,6 @@ itself at a length of 4096. Letters: B batch, K heads of x, N positions, D head 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -65,15 +64,10 @@ def _backward_fake(
 _backward = operator("magnitude_backward", _compute_backward, _backward_fake)
 
 
-def _save(ctx: Any, tensors: Sequence[Any], options: Sequence[Any], output: Tensor) -> None:
-    ctx.save_for_backward(*tensors)
-    ctx.options = options
-
-
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, exponents = ctx.saved_tensors
     grad_x, grad_exponents = _backward(grad, x, exponents, *ctx.options)
     return grad_x, None if exponents is None else grad_exponents
 
 
-_forward = operator("magnitude_forward", _compute, _forward_fake, save=_save, gradients=_gradients)
+_forward = operator("magnitude_forward", _compute, _forward_fake, gradients=_gradients)
