@@ -73,7 +73,7 @@ def in_bands(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """Bands of so many bytes; query heads share sums where a key/value head's have more."""
     for name in ("_BAND_BYTES", "_SHARED_BAND_BYTES"):
         monkeypatch.setattr(gradient, name, size)
-    monkeypatch.setattr(gradient, "_FEW_ITEMS", 0)
+    monkeypatch.setattr(gradient, "_PROGRAMS_A_HEAD", 2**30)
 
 
 @needs_interpreter
@@ -409,11 +409,12 @@ CAUSAL = {"is_causal": True}
         (32, 8, 8192, 8192, 128, {}, True),
         (32, 8, 16384, 16384, 64, CAUSAL, True),
         (32, 8, 8192, 8192, 64, CAUSAL, False),
-        # two items for each of 132 programs
+        # 16 of 132 programs for each key/value head
         (32, 8, 4096, 4096, 128, CAUSAL, True),
         (32, 8, 4096, 4096, 64, CAUSAL, False),
-        # four
+        # eight, and four with short rows
         (64, 16, 4096, 4096, 128, CAUSAL, False),
+        (128, 32, 1024, 1024, 128, CAUSAL, False),
         # one query head for each key/value head, a window, queries without keys
         (8, 8, 65536, 65536, 128, CAUSAL, False),
         (32, 8, 8192, 8192, 128, {"is_causal": True, "sliding_window": 1024}, False),

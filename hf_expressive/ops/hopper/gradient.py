@@ -46,8 +46,9 @@ _SHARED_BAND_BYTES = 32 * 2**20
 # twice the mean, and with 2 the others have enough to do beside it. But not more bytes than these.
 _TAIL = 2
 _TAIL_BYTES = 128 * 2**20
-# With fewer items for each program, one that takes a whole group of query heads is too long.
-_FEW_ITEMS = 3
+# With more programs than that for each key/value head of a sequence, items of a whole group of query
+# heads are too few and too long.
+_PROGRAMS_A_HEAD = 16
 # The largest row that `prepare_kernel` divides by a tiny sum must stay below the largest bfloat16.
 _LARGEST_LOGARITHM = 87.0
 
@@ -207,16 +208,15 @@ def is_shared(problem: AttentionProblem) -> bool:
     """Whether each query head is a work item of its own, although several share a key/value head.
 
     Programs that step through all query heads of a key/value head drift apart from one head to the next.
-    Where these fill a band by themselves, their rows leave the L2 cache meanwhile; and where items are
-    few, the last program works alone. With heads of 64 the sums cost more than that. A window or
-    `KeyRanges` may leave too little work for a tile of keys with one query head.
+    Where these fill a band by themselves, their rows leave the L2 cache meanwhile; and where there are
+    few key/value heads, the last programs work alone. With heads of 64 the sums cost more than that. A
+    window or `KeyRanges` may leave too little work for a tile of keys with one query head.
     """
-    batch, key_heads, num_keys, size = problem.key.shape
+    batch, key_heads, _, size = problem.key.shape
     if problem.group == 1 or problem.value.shape[3] != size or not has_whole_rows(problem):
         return False
-    items = batch * key_heads * ceil_div(num_keys, KEYS)
-    is_short = size > QUERIES and items < _FEW_ITEMS * num_processors(problem)
-    return is_short or group_bytes(problem) >= _SHARED_BAND_BYTES
+    are_few = batch * key_heads * _PROGRAMS_A_HEAD < num_processors(problem)
+    return (are_few and size > QUERIES) or group_bytes(problem) >= _SHARED_BAND_BYTES
 
 
 def half_tiles(tensor: Tensor) -> TensorDescriptor:
