@@ -911,6 +911,17 @@ class Subclass(Tensor):
     """A tensor of another class."""
 
 
+def test_of_several_outputs_the_first_is_differentiable() -> None:
+    """The log normaliser has no gradient, and autograd knows, with the dispatcher or without."""
+    given = [tensor.requires_grad_() for tensor in operands(SIZE, torch.float32)]
+    arguments = (*given, *([None] * 9), "hill", 1.0, 0.0, 0.25, True, -1, 0.0, 0.0, "blockwise")
+    whole = torch.ops.hf_expressive.attention_forward.default
+    for function in (library._forward, whole):
+        out, log_normalizer = function(*arguments)
+        assert out.requires_grad
+        assert not log_normalizer.requires_grad
+
+
 def test_who_looks_on_sees_the_operator() -> None:
     """Modes, tensors of other classes, transforms and tracers get it from the dispatcher."""
     tensors = operands(SIZE, torch.float32)
